@@ -1,0 +1,1 @@
+"""Benchmarks of mas_fast: cases × methods, one tidy row each."""

@@ -1,0 +1,141 @@
+"""Error and time of the methods on one workload."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from benchmarks.cases import Workload
+from benchmarks.methods import METHODS, Omega
+from mas_fast import Importance
+from mas_fast.reference import importance_loop
+
+# A pass shorter than this is repeated within a round, so that one interruption or the clock does not decide it.
+SHORTEST_TIMING_S = 0.1
+# Two batches: what the first one establishes, the second one uses.
+NUM_ERROR_BATCHES = 2
+
+
+@dataclass
+class Contender:
+    """A method on its way through one workload.
+
+    Attributes:
+        method: Its name.
+        workload: What it is timed on.
+        options: The keyword arguments that it runs with.
+        error: Largest relative error; None if it computes no Ω.
+        fallbacks: Name -> reason, of the parameters that mas_fast puts through its loop.
+        failure: Why it is not timed; None if it is.
+        passes: Passes that one timing repeats.
+        times_ms: Milliseconds per batch, one entry a round.
+    """
+
+    method: str
+    workload: Workload
+    options: dict[str, int] = field(default_factory=dict)
+    error: float | None = None
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    failure: str | None = None
+    passes: int = 1
+    times_ms: list[float] = field(default_factory=list)
+
+    @property
+    def samples_timed(self) -> int:
+        """Samples in one pass."""
+        return self.workload.batch_size * len(self.workload.batches)
+
+    def time_pass_s(self) -> float:
+        """Return the mean seconds of `passes` passes."""
+        run = METHODS[self.method].run
+        gc.collect()
+        start = time.perf_counter()
+        for _ in range(self.passes):
+            run(self.workload, **self.options)
+        return (time.perf_counter() - start) / self.passes
+
+
+def checked_part(workload: Workload) -> Workload:
+    """Return the batches on which errors are measured: as large as those that are timed."""
+    return replace(workload, batches=workload.batches[:NUM_ERROR_BATCHES])
+
+
+def true_importance(workload: Workload) -> dict[str, Tensor]:
+    """Return Ω of the checked part of the workload by the per-sample loop in float64."""
+    samples = [sample for batch in checked_part(workload).batches for sample in batch.split(1)]
+    truth: dict[str, Tensor] = {}
+    for sample in samples:
+        for name, omega in importance_loop(workload.model, sample, objective=workload.objective).items():
+            truth[name] = omega if name not in truth else truth[name].add_(omega)
+    return {name: total / len(samples) for name, total in truth.items()}
+
+
+def max_relative_error(omega: Omega, truth: Mapping[str, Tensor]) -> float:
+    """Return the largest ‖Ω − truth‖₂ / ‖truth‖₂ of any parameter; infinity if one is missing, spare or not finite."""
+    if set(omega) != set(truth):
+        return math.inf
+    largest = 0.0
+    for name, expected in truth.items():
+        difference = (omega[name].double() - expected).norm().item()
+        scale = expected.norm().item()
+        error = difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)
+        largest = max(largest, error if math.isfinite(error) else math.inf)
+    return largest
+
+
+def prepare(name: str, workload: Workload, truth: Mapping[str, Tensor], tolerance: float) -> Contender:
+    """Check a method's error, warm it up and choose its options; what fails is noted and will not be timed.
+
+    Args:
+        name: Name of the method.
+        workload: The whole workload.
+        truth: Ω of its first `NUM_ERROR_BATCHES` batches.
+        tolerance: Largest relative error of a method that is timed.
+
+    Returns:
+        The contender, ready to be timed.
+    """
+    method = METHODS[name]
+    contender = Contender(name, method.timed_workload(workload))
+    try:
+        seconds = []
+        for options in method.options:
+            contender.options = options
+            omega = method.run(checked_part(workload), **options)
+            if omega is not None:
+                contender.error = max(contender.error or 0.0, max_relative_error(omega, truth))
+            if isinstance(omega, Importance):
+                contender.fallbacks = {row.name: row.fallback for row in omega.coverage if row.fallback is not None}
+            contender.time_pass_s()
+            seconds.append(contender.time_pass_s())
+    except RuntimeError as failure:
+        if method.is_ours:
+            raise
+        contender.failure = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+        return contender
+    contender.options = method.options[seconds.index(min(seconds))]
+    contender.passes = max(1, math.ceil(SHORTEST_TIMING_S / min(seconds)))
+    if contender.error is not None and contender.error > tolerance:
+        contender.failure = f"error {contender.error:.1e} is above {tolerance:.0e}"
+    return contender
+
+
+def time_interleaved(contenders: list[Contender], num_rounds: int, batch_size: int) -> None:
+    """Time all contenders once a round, in an order drawn anew, so that what disturbs the machine disturbs them alike.
+
+    Args:
+        contenders: Those without a failure are timed; their `times_ms` grow by one entry a round.
+        num_rounds: How many rounds.
+        batch_size: N of one batch, to which the time of every contender is scaled.
+    """
+    timed = [contender for contender in contenders if contender.failure is None]
+    order = random.Random(0)
+    for _ in range(num_rounds):
+        for contender in order.sample(timed, len(timed)):
+            contender.times_ms.append(1e3 * contender.time_pass_s() / contender.samples_timed * batch_size)

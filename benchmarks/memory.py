@@ -1,0 +1,104 @@
+"""Peak memory of one method on one case, each in a fresh process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import CASES
+from benchmarks.methods import METHODS
+
+MIB = 2**20
+# The first batch meets every one-time cost, the others what the first leaves behind; more of them add data, not peaks.
+MAX_BATCHES = 3
+
+
+def peak_mib(case: str, method: str, num_batches: int, dtype: str, num_threads: int, options: dict[str, int]) -> float:
+    """Measure the peak of a method over what stood in memory once model and data were made, in MiB.
+
+    Args:
+        case: Name of the workload.
+        method: Name of the method.
+        num_batches: Batches of the pass.
+        dtype: Name of the model's dtype.
+        num_threads: Threads that torch uses.
+        options: Keyword arguments of the method.
+
+    Returns:
+        The median over three processes; for a peer, which no bar hangs on, the value of one.
+
+    Raises:
+        RuntimeError: If the process fails.
+    """
+    command = [sys.executable, "-m", "benchmarks.memory", case, method, str(min(num_batches, MAX_BATCHES)), dtype]
+    command += [str(num_threads), json.dumps(options)]
+    peaks = []
+    for _ in range(3 if METHODS[method].is_ours else 1):
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], text=True, capture_output=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"peak memory of {method} on {case} could not be measured:\n{done.stderr}")
+        peaks.append(float(done.stdout.splitlines()[-1]))
+    return statistics.median(peaks)
+
+
+def start_of_peak() -> int:
+    """Forget the peak so far where the system can, and return the bytes that are resident now.
+
+    Linux counts a process's peak from its parent's (`ru_maxrss` outlives exec), and making model and data leaves a peak
+    of its own; a measurement that starts from either hides the pass beneath it.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status_bytes("VmRSS")
+    except OSError:
+        return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the most bytes that have been resident at once."""
+    try:
+        return _status_bytes("VmHWM")
+    except OSError:
+        # Kibibytes on Linux and the BSDs, bytes on macOS.
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status must have {field}, got none")
+
+
+def main() -> None:
+    """Run one pass in this process and print its peak in MiB."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("num_batches", type=int)
+    parser.add_argument("dtype")
+    parser.add_argument("num_threads", type=int)
+    parser.add_argument("options", type=json.loads)
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.num_threads)
+    method = METHODS[arguments.method]
+    workload = CASES[arguments.case].build(arguments.num_batches, getattr(torch, arguments.dtype))
+    workload = method.timed_workload(workload)
+    start = start_of_peak()
+    omega = method.run(workload, **arguments.options)
+    peak = peak_bytes()
+    del omega
+    print((peak - start) / MIB)
+
+
+if __name__ == "__main__":
+    main()

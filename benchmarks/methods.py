@@ -1,0 +1,98 @@
+"""The contenders, one row each: what an importance estimate, or one ordinary batched backward, costs.
+
+A method walks over the whole workload and returns Ω, or None if it computes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import mas_fast
+from benchmarks.cases import Workload
+from mas_fast.reference import OBJECTIVES
+
+Omega = Mapping[str, Tensor]
+
+
+def batched_backward(workload: Workload) -> None:
+    """Run one forward and one backward of the summed objective per batch, as a training step does: the unit of cost."""
+    objective = OBJECTIVES[workload.objective]
+    for batch in workload.batches:
+        workload.model.zero_grad(set_to_none=True)
+        objective(workload.model(batch)).sum().backward()
+    workload.model.zero_grad(set_to_none=True)
+
+
+def mas_fast_pass(workload: Workload) -> Omega:
+    """Run `mas_fast.estimate_importance` once over all batches: a call as users make it, its overheads included."""
+    dtype = next(workload.model.parameters()).dtype
+    return mas_fast.estimate_importance(workload.model, workload.batches, objective=workload.objective, dtype=dtype)
+
+
+def loop(workload: Workload) -> Omega:
+    """Run one forward and one backward per sample and add |gradient|: batch size 1, what is exact without a library."""
+    objective = OBJECTIVES[workload.objective]
+    parameters = dict(workload.model.named_parameters())
+    omega = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    num_samples = 0
+    for batch in workload.batches:
+        for sample in batch.split(1):
+            gradients = torch.autograd.grad(objective(workload.model(sample)).sum(), list(parameters.values()))
+            for total, gradient in zip(omega.values(), gradients, strict=True):
+                total += gradient.abs_()
+        num_samples += len(batch)
+    return {name: total / num_samples for name, total in omega.items()}
+
+
+def vmap(workload: Workload, chunk: int) -> Omega:
+    """Form the gradients of `chunk` samples at a time with `torch.func.vmap(grad)` and reduce them: exact."""
+    objective = OBJECTIVES[workload.objective]
+    parameters = {name: parameter.detach() for name, parameter in workload.model.named_parameters()}
+    omega = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+
+    def sample_objective(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        output = torch.func.functional_call(workload.model, parameters, (sample.unsqueeze(0),))
+        return objective(output).sum()
+
+    chunk_gradients = torch.func.vmap(torch.func.grad(sample_objective), in_dims=(None, 0))
+    num_samples = 0
+    for batch in workload.batches:
+        for samples in batch.split(chunk):
+            for name, gradients in chunk_gradients(parameters, samples).items():  # [chunk, *parameter.shape]
+                omega[name] += gradients.abs_().sum(0)
+        num_samples += len(batch)
+    return {name: total / num_samples for name, total in omega.items()}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of contenders.
+
+    Attributes:
+        run: Takes a workload and one of `options`; returns Ω, or None if it computes none.
+        options: Keyword arguments to choose from; the fastest at warm-up is the one that is timed.
+        sample_limit: Time this many samples of the first batch at most and scale to a batch; None times every batch.
+        is_ours: Whether an exception of `run` is a failure of the benchmark, and not a peer that cannot run the case.
+    """
+
+    run: Callable[..., Omega | None]
+    options: tuple[dict[str, int], ...] = ({},)
+    sample_limit: int | None = None
+    is_ours: bool = False
+
+    def timed_workload(self, workload: Workload) -> Workload:
+        """Cut the workload to what this method is timed on."""
+        return workload if self.sample_limit is None else workload.head(min(self.sample_limit, workload.batch_size))
+
+
+UNIT = "batched_backward"
+METHODS: dict[str, Method] = {
+    UNIT: Method(batched_backward, is_ours=True),
+    "mas_fast": Method(mas_fast_pass, is_ours=True),
+    "loop": Method(loop, sample_limit=8),
+    "vmap": Method(vmap, options=tuple({"chunk": chunk} for chunk in (4, 8, 16, 64)), sample_limit=64),
+}

@@ -1,0 +1,44 @@
+// Checks that keep the kernels inside their memory. The Python wrappers (mas_fast/kernels/ops.py) have the friendly ones.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+namespace mas_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_omega(const char* name, const Tensor& omega, int64_t dims) {
+  STD_TORCH_CHECK(omega.dim() == dims, name, " must have ", dims, " axes, got ", omega.dim());
+  STD_TORCH_CHECK(omega.is_contiguous(), name, " must be contiguous");
+  STD_TORCH_CHECK(omega.scalar_type() == ScalarType::Float || omega.scalar_type() == ScalarType::Double, name,
+                  " must be float32 or float64");
+}
+
+// Ω in float64 takes data in float64; Ω in float32 takes float32, bfloat16 and float16.
+inline void check_data(const char* name, const Tensor& data, const Tensor& omega, ScalarType type) {
+  STD_TORCH_CHECK(data.is_cpu(), name, " must be on the CPU");
+  const ScalarType own = data.scalar_type();
+  const bool wide = omega.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(own == type && (wide ? own == ScalarType::Double
+                                       : own == ScalarType::Float || own == ScalarType::BFloat16 ||
+                                             own == ScalarType::Half),
+                  name, " must have the common dtype of the data, float64 exactly where omega is float64");
+}
+
+inline void check_shape(const char* name, const Tensor& data, std::initializer_list<int64_t> shape) {
+  bool fits = data.dim() == int64_t(shape.size());
+  int64_t axis = 0;
+  for (int64_t size : shape) {
+    fits = fits && data.size(axis) == size;
+    ++axis;
+  }
+  STD_TORCH_CHECK(fits, name, " must fit the shapes of omega and the other data");
+}
+
+}  // namespace mas_fast

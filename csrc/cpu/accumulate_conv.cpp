@@ -1,0 +1,223 @@
+// Ω[o, c, *k] += Σ_n |Σ_p δ[n,o,p] x[n,c,p·stride + k·dilation − padding]| over one, two or three axes.
+//
+// An implicit matrix product. Per chunk of samples, x is copied once to channels-last with its zero margin, so that the entry
+// of x for position p and kernel entry k stands at base[p] + offset[k] + c. Panels of at most tile_columns (k, c) pairs are
+// gathered from there, a thread's own at a time: the unfolded batch never exists. Depthwise convolutions sum directly.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "cpu/tiled.h"
+
+namespace mas_fast::cpu {
+namespace {
+
+using Axes = std::array<int64_t, 3>;  // depth, height, width; axes that are not there have length 1
+
+struct Geometry {
+  Axes in, out, kernel, stride{1, 1, 1}, padding{0, 0, 0}, dilation{1, 1, 1}, padded;
+  int64_t channels, outputs, groups;
+
+  int64_t positions() const { return out[0] * out[1] * out[2]; }
+  int64_t entries() const { return kernel[0] * kernel[1] * kernel[2]; }
+  int64_t padded_positions() const { return padded[0] * padded[1] * padded[2]; }
+  // Place of a padded position in channels-last memory, in units of all channels.
+  int64_t place(int64_t d, int64_t h, int64_t w) const { return (d * padded[1] + h) * padded[2] + w; }
+};
+
+Axes sizes_from(const Tensor& t) {
+  Axes axes{1, 1, 1};
+  for (int64_t a = 2; a < t.dim(); ++a) axes[a - t.dim() + 3] = t.size(a);
+  return axes;
+}
+
+Geometry geometry_of(const Tensor& omega, const Tensor& delta, const Tensor& x, const std::vector<int64_t>& stride,
+                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
+  Geometry g;
+  g.in = sizes_from(x);
+  g.out = sizes_from(delta);
+  g.kernel = sizes_from(omega);
+  g.channels = x.size(1);
+  g.outputs = delta.size(1);
+  g.groups = groups;
+  const int64_t first = 3 - int64_t(stride.size());
+  for (size_t a = 0; a < stride.size(); ++a) {
+    STD_TORCH_CHECK(stride[a] > 0 && padding[a] >= 0 && dilation[a] > 0,
+                    "stride and dilation must be positive, padding not negative");
+    g.stride[first + a] = stride[a];
+    g.padding[first + a] = padding[a];
+    g.dilation[first + a] = dilation[a];
+  }
+  for (int a = 0; a < 3; ++a) {
+    g.padded[a] = g.in[a] + 2 * g.padding[a];
+    STD_TORCH_CHECK((g.padded[a] - g.dilation[a] * (g.kernel[a] - 1) - 1) / g.stride[a] + 1 == g.out[a] &&
+                        g.padded[a] >= g.dilation[a] * (g.kernel[a] - 1) + 1,
+                    "grad_output must have the shape of the convolution's output");
+  }
+  return g;
+}
+
+// Copies one sample to channels-last inside its zero margin.
+template <class T>
+void copy_padded(const Geometry& g, const Tensor& x, int64_t n, T* dst) {
+  const Kernels<T>& kernel = kernels_for<T>();
+  const int64_t C = g.channels, dims = x.dim();
+  const auto stride = [&](int axis) { return dims - 3 + axis >= 2 ? x.stride(dims - 3 + axis) : 0; };
+  const bool margin = g.padded != g.in;
+  if (margin) std::fill_n(dst, g.padded_positions() * C, T(0));
+  const bool rows_joined = !margin && (g.in[1] == 1 || stride(1) == g.in[2] * stride(2)) &&
+                           (g.in[0] == 1 || stride(0) == g.in[1] * g.in[2] * stride(2));
+  if (rows_joined) {
+    const Matrix src{element(x, n * x.stride(0)), x.stride(1), stride(2)};
+    kernel.transpose(input_type(x), src, C, g.padded_positions(), dst, C);
+    return;
+  }
+  for (int64_t d = 0; d < g.in[0]; ++d) {
+    for (int64_t h = 0; h < g.in[1]; ++h) {
+      const Matrix src{element(x, n * x.stride(0) + d * stride(0) + h * stride(1)), x.stride(1), stride(2)};
+      T* row = dst + g.place(d + g.padding[0], h + g.padding[1], g.padding[2]) * C;
+      kernel.transpose(input_type(x), src, C, g.in[2], row, C);
+    }
+  }
+}
+
+// base[p] and offset[k] of the header comment, for C channels per place.
+std::vector<int64_t> position_bases(const Geometry& g) {
+  std::vector<int64_t> base;
+  base.reserve(g.positions());
+  for (int64_t d = 0; d < g.out[0]; ++d)
+    for (int64_t h = 0; h < g.out[1]; ++h)
+      for (int64_t w = 0; w < g.out[2]; ++w)
+        base.push_back(g.place(d * g.stride[0], h * g.stride[1], w * g.stride[2]) * g.channels);
+  return base;
+}
+std::vector<int64_t> kernel_offsets(const Geometry& g) {
+  std::vector<int64_t> offset;
+  for (int64_t d = 0; d < g.kernel[0]; ++d)
+    for (int64_t h = 0; h < g.kernel[1]; ++h)
+      for (int64_t w = 0; w < g.kernel[2]; ++w)
+        offset.push_back(g.place(d * g.dilation[0], h * g.dilation[1], w * g.dilation[2]) * g.channels);
+  return offset;
+}
+
+// δ of one sample as [p, o]; joins the output axes, which must lie as in a contiguous tensor up to one common stride.
+Matrix delta_matrix(const Geometry& g, const Tensor& delta, int64_t n, int64_t output) {
+  return {element(delta, n * delta.stride(0) + output * delta.stride(1)), delta.stride(delta.dim() - 1), delta.stride(1)};
+}
+
+template <class T>
+void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tensor& x, bool square) {
+  const Kernels<T>& kernel = kernels_for<T>();
+  const int64_t C = g.channels, group_channels = C / g.groups, group_outputs = g.outputs / g.groups;
+  const int64_t K = g.entries(), columns = K * group_channels;
+  const TiledShape shape{delta.size(0), g.positions(), g.groups, group_outputs, columns};
+  const std::vector<int64_t> base = position_bases(g), offset = kernel_offsets(g);
+  const int64_t image = g.padded_positions() * C;
+  const int64_t chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(1, shape.rows), 1, std::max<int64_t>(1, shape.samples));
+  const Scratch<T> images = scratch<T>(chunk * image);
+  int64_t chunk_first = 0;
+
+  const auto prepare = [&](int64_t first, int64_t count) {
+    chunk_first = first;
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) copy_padded(g, x, first + n, images.get() + n * image);
+    });
+  };
+  const auto pack_delta = [&](int64_t group, int64_t n, int64_t row, int64_t rows, int64_t first, int64_t width, T* dst) {
+    Matrix src = delta_matrix(g, delta, n, group * group_outputs + first);
+    src.data = static_cast<const char*>(src.data) + row * src.row_stride * int64_t(delta.element_size());
+    kernel.pack(input_type(delta), src, rows, std::min(width, group_outputs - first), width, Magnitude::kPlain, dst);
+  };
+  const auto pack_x = [&](int64_t group, int64_t n, int64_t row, int64_t rows, int64_t first, int64_t width, T* dst) {
+    const T* from = images.get() + (n - chunk_first) * image + group * group_channels;
+    const int64_t last = std::min(first + width, columns);
+    for (int64_t p = row; p < row + rows; ++p, dst += width) {
+      int64_t j = first;
+      // Runs of channels under one kernel entry.
+      for (int64_t k = first / group_channels, c = first % group_channels; j < last; ++k, c = 0) {
+        const int64_t run = std::min(group_channels - c, last - j);
+        std::copy_n(from + base[p] + offset[k] + c, run, dst + (j - first));
+        j += run;
+      }
+      std::fill_n(dst + (last - first), width - (last - first), T(0));
+    }
+  };
+  T* const out = static_cast<T*>(omega.mutable_data_ptr());
+  const auto entry = [&](int64_t group, int64_t o, int64_t j) {
+    return out + ((group * group_outputs + o) * group_channels + j % group_channels) * K + j / group_channels;
+  };
+  accumulate_tiled<T>(shape, magnitude_of_statistic(square), pack_delta, pack_x, entry, prepare);
+}
+
+template <class T>
+void run_depthwise(Tensor& omega, const Geometry& g, const Tensor& delta, const Tensor& x, bool square) {
+  const Kernels<T>& kernel = kernels_for<T>();
+  const int64_t C = g.channels, P = g.positions(), K = g.entries(), image = g.padded_positions() * C;
+  const std::vector<int64_t> base = position_bases(g), offset = kernel_offsets(g);
+  const Scratch<T> images = scratch<T>(image), deltas = scratch<T>(P * C), totals = scratch<T>(K * C), sums = scratch<T>(K * C);
+  std::fill_n(totals.get(), K * C, T(0));
+  // Channels per task: whole cache lines.
+  const int64_t step = std::min<int64_t>(C, 64 / int64_t(sizeof(T)));
+  for (int64_t n = 0; n < delta.size(0); ++n) {
+    copy_padded(g, x, n, images.get());
+    kernel.transpose(input_type(delta), {delta_matrix(g, delta, n, 0).data, delta.stride(1), delta.stride(delta.dim() - 1)}, C,
+                     P, deltas.get(), C);
+    torch::stable::parallel_for(0, ceil_div(C, step), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin * step; c < std::min(end * step, C); c += step) {
+        const int64_t width = std::min(step, C - c);
+        T* own = sums.get() + c * K;
+        kernel.depthwise(deltas.get() + c, C, images.get() + c, base.data(), P, offset.data(), K, width, own);
+        kernel.fold(own, K * width, magnitude_of_statistic(square), totals.get() + c * K);
+      }
+    });
+  }
+  T* const out = static_cast<T*>(omega.mutable_data_ptr());
+  for (int64_t c = 0; c < C; c += step) {
+    const int64_t width = std::min(step, C - c);
+    for (int64_t i = 0; i < width; ++i)
+      for (int64_t k = 0; k < K; ++k) out[(c + i) * K + k] += totals[c * K + k * width + i];
+  }
+}
+
+// Whether the positions of a tensor are one run with one stride, as channels-first and channels-last memory have them.
+bool positions_joined(const Tensor& t) {
+  int64_t expected = t.stride(t.dim() - 1);
+  for (int64_t a = t.dim() - 1; a >= 2; --a) {
+    if (t.size(a) != 1 && t.stride(a) != expected) return false;
+    expected *= t.size(a);
+  }
+  return true;
+}
+
+void accumulate_conv_(Tensor omega, const Tensor grad_output, const Tensor input, std::vector<int64_t> stride,
+                      std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool square) {
+  const int64_t axes = omega.dim() - 2;
+  STD_TORCH_CHECK(axes >= 1 && axes <= 3, "omega must have 1, 2 or 3 kernel axes, got ", axes);
+  check_omega("omega", omega, axes + 2);
+  check_data("grad_output", grad_output, omega, grad_output.scalar_type());
+  check_data("input", input, omega, grad_output.scalar_type());
+  STD_TORCH_CHECK(grad_output.dim() == axes + 2 && input.dim() == axes + 2, "grad_output and input must have ", axes + 2,
+                  " axes");
+  STD_TORCH_CHECK(int64_t(stride.size()) == axes && int64_t(padding.size()) == axes && int64_t(dilation.size()) == axes,
+                  "stride, padding and dilation must have one number per axis");
+  STD_TORCH_CHECK(groups > 0 && omega.size(0) % groups == 0 && input.size(1) == omega.size(1) * groups &&
+                      grad_output.size(1) == omega.size(0) && grad_output.size(0) == input.size(0),
+                  "groups, channels and samples must fit omega");
+  if (omega.numel() == 0 || grad_output.numel() == 0) return;
+  const Geometry g = geometry_of(omega, grad_output, input, stride, padding, dilation, groups);
+  const Tensor delta = positions_joined(grad_output) ? grad_output : torch::stable::contiguous(grad_output);
+  const bool depthwise = omega.size(1) == 1 && g.outputs == g.channels;
+  with_omega_type(omega, [&]<class T>() {
+    (depthwise ? run_depthwise<T> : run_tiled<T>)(omega, g, delta, input, square);
+  });
+}
+
+}  // namespace
+}  // namespace mas_fast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mas_fast, CPU, m) {
+  m.impl("accumulate_conv_", TORCH_BOX(&mas_fast::cpu::accumulate_conv_));
+}

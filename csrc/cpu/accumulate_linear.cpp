@@ -1,0 +1,50 @@
+// Ω[o, i] += Σ_n |Σ_t δ[n,t,o] x[n,t,i]|
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/tiled.h"
+
+namespace mas_fast::cpu {
+namespace {
+
+template <class T>
+void run(Tensor& omega, const Tensor& delta, const Tensor& x, bool square) {
+  const Kernels<T>& kernel = kernels_for<T>();
+  const Input type = input_type(delta);
+  const int64_t outputs = omega.size(0), columns = omega.size(1);
+  const bool single = delta.size(1) == 1;
+  // With one position, |δ xᵀ| = |δ| |x|ᵀ: the magnitudes are taken while packing, and samples are summed as positions are.
+  const Magnitude of_operands = single ? magnitude_of_statistic(square) : Magnitude::kPlain;
+  const Magnitude of_products = single ? Magnitude::kPlain : magnitude_of_statistic(square);
+  TiledShape shape{delta.size(0), delta.size(1), 1, outputs, columns};
+  if (single) std::swap(shape.samples, shape.rows);
+  const int64_t sample_axis = single ? 1 : 0, row_axis = single ? 0 : 1;
+
+  const auto pack = [&](const Tensor& data, int64_t size) {
+    return [&data, size, &kernel, type, of_operands, sample = data.stride(sample_axis), row_stride = data.stride(row_axis),
+            column = data.stride(2)](int64_t, int64_t n, int64_t row, int64_t rows, int64_t first, int64_t width, T* dst) {
+      const Matrix src{element(data, n * sample + row * row_stride + first * column), row_stride, column};
+      kernel.pack(type, src, rows, std::min(width, size - first), width, of_operands, dst);
+    };
+  };
+  T* const out = static_cast<T*>(omega.mutable_data_ptr());
+  const auto entry = [out, columns](int64_t, int64_t o, int64_t i) { return out + o * columns + i; };
+  accumulate_tiled<T>(shape, of_products, pack(delta, outputs), pack(x, columns), entry, [](int64_t, int64_t) {});
+}
+
+void accumulate_linear_(Tensor omega, const Tensor grad_output, const Tensor input, bool square) {
+  check_omega("omega", omega, 2);
+  check_data("grad_output", grad_output, omega, grad_output.scalar_type());
+  check_data("input", input, omega, grad_output.scalar_type());
+  STD_TORCH_CHECK(grad_output.dim() == 3, "grad_output must have 3 axes, got ", grad_output.dim());
+  const int64_t samples = grad_output.size(0), positions = grad_output.size(1);
+  check_shape("grad_output", grad_output, {samples, positions, omega.size(0)});
+  check_shape("input", input, {samples, positions, omega.size(1)});
+  with_omega_type(omega, [&]<class T>() { run<T>(omega, grad_output, input, square); });
+}
+
+}  // namespace
+}  // namespace mas_fast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mas_fast, CPU, m) {
+  m.impl("accumulate_linear_", TORCH_BOX(&mas_fast::cpu::accumulate_linear_));
+}

@@ -1,0 +1,82 @@
+// The inner loops of the CPU ops, compiled once per instruction set and chosen at run time (dispatch.cpp).
+//
+// Letters: N samples, T positions ("rows") per sample, O outputs, I inputs ("columns"), K entries of a vector parameter.
+// Everything here works on raw memory: shapes, threads and dispatch are the business of the op files.
+#pragma once
+
+#include <cstdint>
+
+namespace mas_fast::cpu {
+
+enum class Input { kFloat32, kFloat64, kBFloat16, kFloat16 };  // what data is read from
+enum class Magnitude { kPlain, kAbs, kSquare };                // what is added: Σ v, Σ |v| or Σ v²
+
+// A matrix in memory, element (r, c) at data[r * row_stride + c * column_stride] (strides in elements).
+struct Matrix {
+  const void* data;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+// [R, K, S] of one sample, strides in elements; 0 repeats.
+struct Volume {
+  const void* data;
+  int64_t stride_r, stride_k, stride_s;
+};
+
+template <class T>
+struct Kernels {
+  int64_t tile_rows;     // outputs per register tile, and width of a packed δ panel
+  int64_t tile_columns;  // inputs per register tile, and width of a packed x panel
+
+  // dst[r, c] = magnitude(src[r, c]) for c < columns, 0 for columns <= c < width. dst is dense, [rows, width].
+  void (*pack)(Input type, Matrix src, int64_t rows, int64_t columns, int64_t width, Magnitude magnitude, T* dst);
+
+  // tile[o, i] += Σ_n magnitude(Σ_t delta[n, t, o] x[n, t, i]); panels are packed, tile is [tile_rows, tile_columns].
+  void (*tile)(const T* delta, const T* x, int64_t samples, int64_t rows, Magnitude magnitude, T* tile);
+
+  // into[i] += magnitude(from[i])
+  void (*fold)(const T* from, int64_t count, Magnitude magnitude, T* into);
+
+  // dst[s, c] = src[c, s]: channels-first to channels-last; dst rows are dst_stride apart.
+  void (*transpose)(Input type, Matrix src, int64_t channels, int64_t positions, T* dst, int64_t dst_stride);
+
+  // sums[k, c] = Σ_p delta[p, c] x[base[p] + offset[k] + c] for c < channels; delta rows are delta_stride apart.
+  void (*depthwise)(const T* delta, int64_t delta_stride, const T* x, const int64_t* base, int64_t positions,
+                    const int64_t* offset, int64_t kernel, int64_t channels, T* sums);
+
+  // weight[k] += magnitude(Σ_rs δ (x − mean) rstd), bias[k] += magnitude(Σ_rs δ) for k_begin <= k < k_end, one sample.
+  // weight, bias, mean.data and rstd.data may be null; x.data may be null without weight.
+  void (*affine)(Input type, Volume delta, Volume x, Volume mean, Volume rstd, int64_t R, int64_t S, int64_t k_begin,
+                 int64_t k_end, Magnitude magnitude, T* weight, T* bias);
+
+  // omega[c] += magnitude(Σ_j rows[index[j], c]) for c < columns: the positions of one sample that share an embedding row.
+  void (*gather)(Input type, Matrix rows, const int64_t* index, int64_t count, int64_t columns, Magnitude magnitude,
+                 T* omega);
+};
+
+struct KernelTable {
+  const char* instruction_set;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+const KernelTable& baseline_kernels();
+const KernelTable& avx2_kernels();
+const KernelTable& avx512_kernels();
+
+// The widest that this machine runs; MAS_FAST_CPU_ISA=baseline|avx2|avx512 in the environment chooses a narrower one.
+const KernelTable& kernels();
+
+template <class T>
+const Kernels<T>& kernels_for();
+template <>
+inline const Kernels<float>& kernels_for<float>() {
+  return kernels().f32;
+}
+template <>
+inline const Kernels<double>& kernels_for<double>() {
+  return kernels().f64;
+}
+
+}  // namespace mas_fast::cpu

@@ -1,0 +1,395 @@
+// The inner loops, written once with GCC/Clang vectors of MAS_FAST_VECTOR_BYTES, in an anonymous namespace.
+//
+// Included by one file per instruction set. Nothing of the standard library with a body may be used here: its inline
+// functions would be compiled with AVX-512 and could be merged into code that runs on machines without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+namespace mas_fast::cpu {
+namespace {
+
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using Vector = float __attribute__((vector_size(MAS_FAST_VECTOR_BYTES)));
+  using Bits = uint32_t __attribute__((vector_size(MAS_FAST_VECTOR_BYTES)));
+  static constexpr uint32_t kMagnitudeMask = 0x7fffffffu;
+};
+template <>
+struct Lanes<double> {
+  using Vector = double __attribute__((vector_size(MAS_FAST_VECTOR_BYTES)));
+  using Bits = uint64_t __attribute__((vector_size(MAS_FAST_VECTOR_BYTES)));
+  static constexpr uint64_t kMagnitudeMask = 0x7fffffffffffffffull;
+};
+template <class T>
+using Vector = typename Lanes<T>::Vector;
+template <class T>
+constexpr int64_t kWidth = MAS_FAST_VECTOR_BYTES / sizeof(T);
+
+// Storage types of data; arithmetic is in float, or in double for double.
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+};
+struct Float16 {
+  uint16_t bits;
+  operator float() const {
+    // The exponent is moved by a multiplication, which gets denormals right as well; inf and nan keep a full exponent.
+    const uint32_t magnitude = uint32_t(bits & 0x7fff) << 13;
+    float value;
+    std::memcpy(&value, &magnitude, sizeof value);
+    value *= 0x1p112f;
+    uint32_t wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    if ((bits & 0x7c00) == 0x7c00) wide |= 0x7f800000u;
+    wide |= uint32_t(bits & 0x8000) << 16;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+};
+
+template <class T, class In>
+inline Vector<T> load(const In* p) {
+  Vector<T> v;
+  if constexpr (sizeof(In) == sizeof(T)) {
+    std::memcpy(&v, p, sizeof v);
+  } else {
+    for (int64_t i = 0; i < kWidth<T>; ++i) v[i] = T(p[i]);
+  }
+  return v;
+}
+template <class T>
+inline void store(T* p, Vector<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+inline Vector<T> broadcast(T value) {
+  return Vector<T>{} + value;
+}
+template <class T>
+inline T lane_sum(Vector<T> v) {
+  T sum = 0;
+  for (int64_t i = 0; i < kWidth<T>; ++i) sum += v[i];
+  return sum;
+}
+
+template <Magnitude M, class T>
+inline Vector<T> magnitude(Vector<T> v) {
+  if constexpr (M == Magnitude::kSquare) return v * v;
+  if constexpr (M == Magnitude::kAbs) {
+    return (Vector<T>)((typename Lanes<T>::Bits)v & Lanes<T>::kMagnitudeMask);
+  }
+  return v;
+}
+template <Magnitude M, class T>
+inline T magnitude_of(T v) {
+  if constexpr (M == Magnitude::kSquare) return v * v;
+  if constexpr (M == Magnitude::kAbs) return v < 0 ? -v : v;
+  return v;
+}
+
+// Turns run-time choices into template arguments.
+template <class F>
+inline void with_magnitude(Magnitude m, F f) {
+  if (m == Magnitude::kAbs) return f.template operator()<Magnitude::kAbs>();
+  if (m == Magnitude::kSquare) return f.template operator()<Magnitude::kSquare>();
+  return f.template operator()<Magnitude::kPlain>();
+}
+template <class T, class F>
+inline void with_input(Input type, F f) {
+  if constexpr (sizeof(T) == 8) {
+    f.template operator()<double>();
+  } else {
+    if (type == Input::kBFloat16) return f.template operator()<BFloat16>();
+    if (type == Input::kFloat16) return f.template operator()<Float16>();
+    f.template operator()<float>();
+  }
+}
+
+template <class T>
+void pack(Input type, Matrix src, int64_t rows, int64_t columns, int64_t width, Magnitude m, T* dst) {
+  with_input<T>(type, [&]<class In>() {
+    with_magnitude(m, [&]<Magnitude M>() {
+      const In* data = static_cast<const In*>(src.data);
+      for (int64_t r = 0; r < rows; ++r, dst += width) {
+        const In* row = data + r * src.row_stride;
+        int64_t c = 0;
+        if (src.column_stride == 1) {
+          for (; c + kWidth<T> <= columns; c += kWidth<T>) store<T>(dst + c, magnitude<M, T>(load<T>(row + c)));
+        }
+        for (; c < columns; ++c) dst[c] = magnitude_of<M>(T(row[c * src.column_stride]));
+        for (; c < width; ++c) dst[c] = 0;
+      }
+    });
+  });
+}
+
+// MR × NV accumulators stay in registers over a sample's rows; its |·| is added to the tile, which stays in L1.
+template <class T, int MR, int NV, Magnitude M>
+void tile_for(const T* __restrict delta, const T* __restrict x, int64_t samples, int64_t rows, T* __restrict tile) {
+  constexpr int64_t W = kWidth<T>;
+  for (int64_t n = 0; n < samples; ++n) {
+    Vector<T> sum[MR][NV] = {};
+    for (int64_t t = 0; t < rows; ++t, delta += MR, x += NV * W) {
+      Vector<T> columns[NV];
+      for (int v = 0; v < NV; ++v) columns[v] = load<T>(x + v * W);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        for (int v = 0; v < NV; ++v) sum[m][v] += broadcast<T>(delta[m]) * columns[v];
+      }
+    }
+    for (int m = 0; m < MR; ++m) {
+      for (int v = 0; v < NV; ++v) {
+        T* entry = tile + (m * NV + v) * W;
+        store<T>(entry, load<T>(entry) + magnitude<M, T>(sum[m][v]));
+      }
+    }
+  }
+}
+
+template <class T, int MR, int NV>
+void tile(const T* delta, const T* x, int64_t samples, int64_t rows, Magnitude m, T* tile) {
+  with_magnitude(m, [&]<Magnitude M>() { tile_for<T, MR, NV, M>(delta, x, samples, rows, tile); });
+}
+
+template <class T>
+void fold(const T* from, int64_t count, Magnitude m, T* into) {
+  with_magnitude(m, [&]<Magnitude M>() {
+    int64_t i = 0;
+    for (; i + kWidth<T> <= count; i += kWidth<T>) {
+      store<T>(into + i, load<T>(into + i) + magnitude<M, T>(load<T>(from + i)));
+    }
+    for (; i < count; ++i) into[i] += magnitude_of<M>(from[i]);
+  });
+}
+
+template <class T>
+void transpose(Input type, Matrix src, int64_t channels, int64_t positions, T* dst, int64_t dst_stride) {
+  with_input<T>(type, [&]<class In>() {
+    const In* data = static_cast<const In*>(src.data);
+    if (src.row_stride == 1) {
+      for (int64_t s = 0; s < positions; ++s) {
+        for (int64_t c = 0; c < channels; ++c) dst[s * dst_stride + c] = T(data[s * src.column_stride + c]);
+      }
+      return;
+    }
+    // Blocks of B × B are read and written in whole cache lines while they stay in L1.
+    constexpr int64_t B = 16;
+    for (int64_t c0 = 0; c0 < channels; c0 += B) {
+      const int64_t c1 = c0 + B < channels ? c0 + B : channels;
+      for (int64_t s0 = 0; s0 < positions; s0 += B) {
+        const int64_t s1 = s0 + B < positions ? s0 + B : positions;
+        for (int64_t s = s0; s < s1; ++s) {
+          for (int64_t c = c0; c < c1; ++c) {
+            dst[s * dst_stride + c] = T(data[c * src.row_stride + s * src.column_stride]);
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void depthwise(const T* delta, int64_t delta_stride, const T* x, const int64_t* base, int64_t positions,
+               const int64_t* offset, int64_t kernel, int64_t channels, T* sums) {
+  constexpr int64_t W = kWidth<T>;
+  constexpr int KB = 4;  // kernel entries per pass: δ is loaded once for all of them
+  for (int64_t k0 = 0; k0 < kernel; k0 += KB) {
+    const int64_t kn = kernel - k0 < KB ? kernel - k0 : KB;
+    int64_t c = 0;
+    for (; c + W <= channels; c += W) {
+      Vector<T> sum[KB] = {};
+      for (int64_t p = 0; p < positions; ++p) {
+        const Vector<T> d = load<T>(delta + p * delta_stride + c);
+        const T* at = x + base[p] + c;
+        for (int64_t k = 0; k < kn; ++k) sum[k] += d * load<T>(at + offset[k0 + k]);
+      }
+      for (int64_t k = 0; k < kn; ++k) store<T>(sums + (k0 + k) * channels + c, sum[k]);
+    }
+    for (; c < channels; ++c) {
+      T sum[KB] = {};
+      for (int64_t p = 0; p < positions; ++p) {
+        for (int64_t k = 0; k < kn; ++k) sum[k] += delta[p * delta_stride + c] * x[base[p] + offset[k0 + k] + c];
+      }
+      for (int64_t k = 0; k < kn; ++k) sums[(k0 + k) * channels + c] = sum[k];
+    }
+  }
+}
+
+template <class T>
+inline T at(Volume v, int64_t r, int64_t k, int64_t s, T otherwise) {
+  if (!v.data) return otherwise;
+  return static_cast<const T*>(v.data)[r * v.stride_r + k * v.stride_k + s * v.stride_s];
+}
+
+// Entries k with their positions s contiguous: vectors run along s.
+template <class T, class In, Magnitude M>
+void affine_along_positions(Volume delta, Volume x, Volume mean, Volume rstd, int64_t R, int64_t S, int64_t k_begin,
+                            int64_t k_end, T* weight, T* bias) {
+  constexpr int64_t W = kWidth<T>;
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    T total = 0, product = 0;
+    for (int64_t r = 0; r < R; ++r) {
+      const In* d = static_cast<const In*>(delta.data) + r * delta.stride_r + k * delta.stride_k;
+      const In* y = weight ? static_cast<const In*>(x.data) + r * x.stride_r + k * x.stride_k : nullptr;
+      const T mu = at<T>(mean, r, k, 0, T(0)), scale = at<T>(rstd, r, k, 0, T(1));
+      Vector<T> t0{}, t1{}, p0{}, p1{};
+      int64_t s = 0;
+      for (; s + 2 * W <= S; s += 2 * W) {
+        const Vector<T> d0 = load<T>(d + s), d1 = load<T>(d + s + W);
+        t0 += d0;
+        t1 += d1;
+        if (y) {
+          p0 += d0 * (load<T>(y + s) - mu);
+          p1 += d1 * (load<T>(y + s + W) - mu);
+        }
+      }
+      T tail_total = 0, tail_product = 0;
+      for (; s < S; ++s) {
+        tail_total += T(d[s]);
+        if (y) tail_product += T(d[s]) * (T(y[s]) - mu);
+      }
+      total += lane_sum<T>(t0 + t1) + tail_total;
+      product += (lane_sum<T>(p0 + p1) + tail_product) * scale;
+    }
+    if (bias) bias[k] += magnitude_of<M>(total);
+    if (weight) weight[k] += magnitude_of<M>(product);
+  }
+}
+
+// Entries k contiguous, S = 1: vectors run along k. mean and rstd step by 0 or 1 along k.
+template <class T, class In, Magnitude M>
+void affine_along_entries(Volume delta, Volume x, Volume mean, Volume rstd, int64_t R, int64_t k_begin, int64_t k_end,
+                          T* weight, T* bias) {
+  constexpr int64_t W = kWidth<T>;
+  constexpr int NV = 4;
+  const auto vector_at = [](Volume v, int64_t r, int64_t k, T otherwise) -> Vector<T> {
+    if (!v.data) return broadcast<T>(otherwise);
+    const T* p = static_cast<const T*>(v.data) + r * v.stride_r + k * v.stride_k;
+    return v.stride_k ? load<T>(p) : broadcast<T>(*p);
+  };
+  int64_t k = k_begin;
+  for (; k + NV * W <= k_end; k += NV * W) {
+    Vector<T> total[NV] = {}, product[NV] = {};
+    for (int64_t r = 0; r < R; ++r) {
+      const In* d = static_cast<const In*>(delta.data) + r * delta.stride_r + k;
+      const In* y = weight ? static_cast<const In*>(x.data) + r * x.stride_r + k : nullptr;
+      for (int v = 0; v < NV; ++v) {
+        const Vector<T> dv = load<T>(d + v * W);
+        total[v] += dv;
+        if (y) {
+          const Vector<T> mu = vector_at(mean, r, k + v * W, T(0)), scale = vector_at(rstd, r, k + v * W, T(1));
+          product[v] += dv * ((load<T>(y + v * W) - mu) * scale);
+        }
+      }
+    }
+    for (int v = 0; v < NV; ++v) {
+      if (bias) store<T>(bias + k + v * W, load<T>(bias + k + v * W) + magnitude<M, T>(total[v]));
+      if (weight) store<T>(weight + k + v * W, load<T>(weight + k + v * W) + magnitude<M, T>(product[v]));
+    }
+  }
+  for (; k < k_end; ++k) {
+    T total = 0, product = 0;
+    for (int64_t r = 0; r < R; ++r) {
+      const T d = T(static_cast<const In*>(delta.data)[r * delta.stride_r + k]);
+      total += d;
+      if (weight) {
+        const T y = T(static_cast<const In*>(x.data)[r * x.stride_r + k]);
+        product += d * ((y - at<T>(mean, r, k, 0, T(0))) * at<T>(rstd, r, k, 0, T(1)));
+      }
+    }
+    if (bias) bias[k] += magnitude_of<M>(total);
+    if (weight) weight[k] += magnitude_of<M>(product);
+  }
+}
+
+// Any strides.
+template <class T, class In, Magnitude M>
+void affine_strided(Volume delta, Volume x, Volume mean, Volume rstd, int64_t R, int64_t S, int64_t k_begin,
+                    int64_t k_end, T* weight, T* bias) {
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    T total = 0, product = 0;
+    for (int64_t r = 0; r < R; ++r) {
+      for (int64_t s = 0; s < S; ++s) {
+        const int64_t i = r * delta.stride_r + k * delta.stride_k + s * delta.stride_s;
+        const T d = T(static_cast<const In*>(delta.data)[i]);
+        total += d;
+        if (weight) {
+          const T y = T(static_cast<const In*>(x.data)[r * x.stride_r + k * x.stride_k + s * x.stride_s]);
+          product += d * ((y - at<T>(mean, r, k, s, T(0))) * at<T>(rstd, r, k, s, T(1)));
+        }
+      }
+    }
+    if (bias) bias[k] += magnitude_of<M>(total);
+    if (weight) weight[k] += magnitude_of<M>(product);
+  }
+}
+
+template <class T>
+void affine(Input type, Volume delta, Volume x, Volume mean, Volume rstd, int64_t R, int64_t S, int64_t k_begin,
+            int64_t k_end, Magnitude m, T* weight, T* bias) {
+  const bool flat = (!mean.data || mean.stride_s == 0) && (!rstd.data || rstd.stride_s == 0);
+  const bool along_positions = S > 1 && flat && delta.stride_s == 1 && (!weight || x.stride_s == 1);
+  const auto steps = [](Volume v) { return !v.data || v.stride_k == 0 || v.stride_k == 1; };
+  const bool along_entries =
+      S == 1 && delta.stride_k == 1 && (!weight || (x.stride_k == 1 && steps(mean) && steps(rstd)));
+  with_input<T>(type, [&]<class In>() {
+    with_magnitude(m, [&]<Magnitude M>() {
+      if (along_positions) {
+        affine_along_positions<T, In, M>(delta, x, mean, rstd, R, S, k_begin, k_end, weight, bias);
+      } else if (along_entries) {
+        affine_along_entries<T, In, M>(delta, x, mean, rstd, R, k_begin, k_end, weight, bias);
+      } else {
+        affine_strided<T, In, M>(delta, x, mean, rstd, R, S, k_begin, k_end, weight, bias);
+      }
+    });
+  });
+}
+
+template <class T>
+void gather(Input type, Matrix rows, const int64_t* index, int64_t count, int64_t columns, Magnitude m, T* omega) {
+  constexpr int64_t W = kWidth<T>;
+  with_input<T>(type, [&]<class In>() {
+    with_magnitude(m, [&]<Magnitude M>() {
+      const In* data = static_cast<const In*>(rows.data);
+      int64_t c = 0;
+      if (rows.column_stride == 1) {
+        for (; c + W <= columns; c += W) {
+          Vector<T> sum{};
+          for (int64_t j = 0; j < count; ++j) sum += load<T>(data + index[j] * rows.row_stride + c);
+          store<T>(omega + c, load<T>(omega + c) + magnitude<M, T>(sum));
+        }
+      }
+      for (; c < columns; ++c) {
+        T sum = 0;
+        for (int64_t j = 0; j < count; ++j) sum += T(data[index[j] * rows.row_stride + c * rows.column_stride]);
+        omega[c] += magnitude_of<M>(sum);
+      }
+    });
+  });
+}
+
+template <class T, int MR, int NV>
+constexpr Kernels<T> kernels_of() {
+  return {MR,           NV * kWidth<T>, pack<T>,   tile<T, MR, NV>, fold<T>,
+          transpose<T>, depthwise<T>,   affine<T>, gather<T>};
+}
+
+// MR × NV accumulators, NV columns and a broadcast must fit the registers: 16 of them, or 32 with AVX-512.
+constexpr KernelTable make_table(const char* name) {
+  constexpr int MR = MAS_FAST_VECTOR_BYTES == 64 ? 8 : 6;
+  return {name, kernels_of<float, MR, 2>(), kernels_of<double, MR, 2>()};
+}
+
+}  // namespace
+}  // namespace mas_fast::cpu

@@ -1,0 +1,103 @@
+// Ω[o, i] += Σ_n |Σ_t δ[n,t,o] x[n,t,i]| for everything that looks like a matrix product: linear layers and convolutions.
+//
+// Ω is divided among the threads, so nothing is reduced between them and the result does not depend on their number. A thread
+// packs a panel of x (tile_columns wide) for some samples, and runs it against all panels of δ, packed once for all threads.
+// A register tile takes a sample's sum over t and is added, as |·|, to a tile in L1, which goes to Ω at the end.
+// Work: N·T·O·I multiply-adds, plus 2·N·O·I operations for |·|. Memory: δ of a chunk of samples, and a panel per thread;
+// never a product of N and |θ|.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "cpu/data.h"
+
+namespace mas_fast::cpu {
+
+// Positions per packed panel: 2048 rows of 32 floats are 256 KiB, within the L2 of the machines of today.
+constexpr int64_t kChunkRows = 2048;
+// Tasks per thread, so that uneven ones even out.
+constexpr int64_t kTasksPerThread = 4;
+
+struct TiledShape {
+  int64_t samples, rows;      // N, T
+  int64_t groups;             // independent products
+  int64_t outputs, columns;   // O and I of one group
+};
+
+// pack_delta(group, sample, row, rows, output, width, dst) and pack_x(group, sample, row, rows, column, width, dst) write
+// packed rows of one sample, zero beyond the group's edge; entry(group, output, column) is the address of an entry of Ω;
+// prepare(sample, samples) is called, on one thread, before a chunk of samples.
+template <class T, class PackDelta, class PackX, class Entry, class Prepare>
+void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDelta& pack_delta, const PackX& pack_x,
+                      const Entry& entry, const Prepare& prepare) {
+  const Kernels<T>& kernel = kernels_for<T>();
+  const int64_t MR = kernel.tile_rows, NR = kernel.tile_columns;
+  const int64_t output_panels = ceil_div(shape.outputs, MR), column_panels = ceil_div(shape.columns, NR);
+  if (shape.samples * shape.rows * shape.groups * output_panels * column_panels == 0) return;
+
+  const int64_t chunk = std::clamp<int64_t>(kChunkRows / shape.rows, 1, shape.samples);
+  const int64_t block = std::min(shape.rows, kChunkRows);  // a long sample is walked in blocks of rows
+  const int64_t wanted = kTasksPerThread * int64_t(torch::stable::get_num_threads());
+  const int64_t output_blocks = std::clamp<int64_t>(ceil_div(wanted, shape.groups * column_panels), 1, output_panels);
+  const int64_t tasks = shape.groups * column_panels * output_blocks;
+
+  const int64_t panel_size = chunk * shape.rows * MR;  // one packed panel of δ
+  const Scratch<T> delta = scratch<T>(shape.groups * output_panels * panel_size);
+  for (int64_t first = 0; first < shape.samples; first += chunk) {
+    const int64_t count = std::min(chunk, shape.samples - first);
+    prepare(first, count);
+    torch::stable::parallel_for(0, shape.groups * output_panels * count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i % count, panel = i / count % output_panels, group = i / count / output_panels;
+        pack_delta(group, first + n, 0, shape.rows, panel * MR, MR,
+                   delta.get() + (group * output_panels + panel) * panel_size + n * shape.rows * MR);
+      }
+    });
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      const int64_t tile_size = MR * NR;
+      const int64_t most = ceil_div(output_panels, output_blocks);
+      const Scratch<T> x = scratch<T>(std::max(chunk * block, block) * NR);
+      // Sums of |·|, and for samples of several blocks their plain sums so far.
+      const Scratch<T> totals = scratch<T>(most * tile_size), partial = scratch<T>(most * tile_size);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t output_block = task % output_blocks, panel = task / output_blocks % column_panels;
+        const int64_t group = task / output_blocks / column_panels;
+        const int64_t o_begin = output_block * output_panels / output_blocks;
+        const int64_t o_end = (output_block + 1) * output_panels / output_blocks;
+        const T* deltas = delta.get() + group * output_panels * panel_size;
+        std::fill_n(totals.get(), (o_end - o_begin) * tile_size, T(0));
+        if (block == shape.rows) {
+          for (int64_t n = 0; n < count; ++n) {
+            pack_x(group, first + n, 0, shape.rows, panel * NR, NR, x.get() + n * shape.rows * NR);
+          }
+          for (int64_t o = o_begin; o < o_end; ++o) {
+            kernel.tile(deltas + o * panel_size, x.get(), count, shape.rows, magnitude,
+                        totals.get() + (o - o_begin) * tile_size);
+          }
+        } else {
+          for (int64_t n = 0; n < count; ++n) {
+            std::fill_n(partial.get(), (o_end - o_begin) * tile_size, T(0));
+            for (int64_t row = 0; row < shape.rows; row += block) {
+              const int64_t rows = std::min(block, shape.rows - row);
+              pack_x(group, first + n, row, rows, panel * NR, NR, x.get());
+              for (int64_t o = o_begin; o < o_end; ++o) {
+                kernel.tile(deltas + o * panel_size + (n * shape.rows + row) * MR, x.get(), 1, rows, Magnitude::kPlain,
+                            partial.get() + (o - o_begin) * tile_size);
+              }
+            }
+            kernel.fold(partial.get(), (o_end - o_begin) * tile_size, magnitude, totals.get());
+          }
+        }
+        const int64_t columns = std::min(NR, shape.columns - panel * NR);
+        for (int64_t o = o_begin * MR; o < std::min(o_end * MR, shape.outputs); ++o) {
+          const T* row = totals.get() + (o - o_begin * MR) * NR;
+          for (int64_t c = 0; c < columns; ++c) *entry(group, o, panel * NR + c) += row[c];
+        }
+      }
+    });
+  }
+}
+
+}  // namespace mas_fast::cpu

@@ -1,0 +1,76 @@
+"""What a rule says about one call: which arguments are parameters, what to keep, and how Ω grows from δ."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mas_fast.capture.layout import Layout, split_samples
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The gradient of a call's output, with the sample axis known."""
+
+    value: Tensor  # δ, in the shape of the output
+    layout: Layout | None  # None: the batch is one sample
+    samples: int
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """Give a tensor that shares the output's leading axes a first axis of N samples."""
+        return split_samples(tensor, self.layout, self.samples)
+
+    def positions(self, tensor: Tensor, features: int = 1) -> Tensor:
+        """Bring a tensor to [N, T, *features]: all axes between the samples and the last `features` are positions."""
+        rows = self.split(tensor)
+        if rows.dim() == 1 + features:
+            return rows.unsqueeze(1)
+        return rows.flatten(1, rows.dim() - 1 - features)
+
+
+# (Ω of each tracked role, δ, kept tensors, square) -> None
+Accumulate = Callable[[Mapping[str, Tensor], Delta, tuple[Any, ...], bool], None]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One call, understood by a rule."""
+
+    rule: str
+    roles: Mapping[str, Tensor | None]  # arguments that may be parameters
+    saved: tuple[Any, ...]  # what `accumulate` needs of the forward; tensors among it are guarded against in-place changes
+    accumulate: Accumulate
+    # (shape of the output, shape of the parameter) -> the axes of the output that may hold the samples
+    axes: Callable[[torch.Size, torch.Size], Iterable[int]]
+    inplace: bool = False  # the call changes its first argument and returns it
+    view: bool = False  # the output shares the parameter's memory
+    single: bool = False  # only one of the roles may be a parameter
+
+
+Rule = Callable[..., Binding | None]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*functions: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for torch functions. It takes the call's arguments and returns a Binding, or None if it does not apply."""
+
+    def register(bind: Rule) -> Rule:
+        for function in functions:
+            RULES[function] = bind
+        return bind
+
+    return register
+
+
+@contextmanager
+def flattened(omega: Tensor) -> Iterator[Tensor]:
+    """Give Ω as a vector to add to, also where it is a strided view of a parameter's Ω."""
+    if omega.is_contiguous():
+        yield omega.view(-1)
+    else:
+        buffer = torch.zeros(omega.numel(), dtype=omega.dtype, device=omega.device)
+        yield buffer
+        omega += buffer.view(omega.shape)

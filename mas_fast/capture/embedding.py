@@ -1,0 +1,52 @@
+"""Rule for embeddings whose ids differ from sample to sample; ids that all samples share are a selection (select.py)."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from mas_fast.capture.binding import Binding, Delta, rule
+from mas_fast.errors import CaptureError
+from mas_fast.kernels import ops
+
+
+def _accumulate(
+    omega: Mapping[str, Tensor], delta: Delta, saved: tuple[Any, ...], square: bool, padding_idx: int
+) -> None:
+    ids = delta.positions(saved[0], features=0)  # [N, T]
+    ops.accumulate_embedding_(omega["weight"], delta.positions(delta.value), ids, padding_idx, square)
+
+
+@rule(F.embedding)
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Binding | None:
+    """F.embedding. `scale_grad_by_freq` and `sparse` say how an optimizer gets the gradient, not what it is."""
+    if max_norm is not None:
+        raise CaptureError(
+            "an embedding with max_norm changes its weight in every forward, so there is no fixed θ to measure; "
+            "renormalise the weight once yourself and set max_norm=None"
+        )
+    if padding_idx is None:
+        padding_idx = -1
+    elif padding_idx < 0:
+        padding_idx += weight.shape[0]
+    return Binding(
+        rule="embedding",
+        roles={"weight": weight},
+        saved=(input,),
+        accumulate=partial(_accumulate, padding_idx=padding_idx),
+        axes=lambda output, _: range(len(output) - 1),
+    )
+
+
+rule(torch.embedding)(lambda weight, indices, padding_idx=None, *rest: embedding(indices, weight, padding_idx))

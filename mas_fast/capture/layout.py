@@ -1,0 +1,104 @@
+"""Where the samples are in the output of a call: proved, never guessed.
+
+Nothing in a tensor says which of its axes is the sample axis: (T, N, C) attention, windows folded into the batch and
+T equal to N all occur. The proof used here needs no knowledge of the model. The gradient δ of Σ_n objective_n is computed
+twice on the same graph, once with every sample weighted by its own power of two, w_n. If entry s of some axis belongs to
+sample n(s) and to no other, then the weighted δ is w_n(s) times the plain one at every s, exactly, because scaling by a
+power of two commutes with rounding. If samples meet anywhere, it is not. Both are compared through a random projection,
+so one number per entry of the axis is kept from the first backward to the second.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """The samples are on `axis`; if it holds m positions of each, the sample index is the "outer" or the "inner" one."""
+
+    axis: int
+    order: str = "outer"
+
+    def fits(self, shape: torch.Size, samples: int) -> bool:
+        """Return whether a tensor of this shape can hold so many samples on the axis."""
+        return self.axis < len(shape) and shape[self.axis] > 0 and shape[self.axis] % samples == 0
+
+    def split(self, tensor: Tensor, samples: int) -> Tensor:
+        """Move the samples to a first axis of their own: [..., N·m, ...] -> [N, ..., m, ...]; m = 1 leaves no axis."""
+        folded = tensor.shape[self.axis] // samples
+        if folded == 1:
+            return tensor.movedim(self.axis, 0)
+        if self.order == "outer":
+            return tensor.unflatten(self.axis, (samples, folded)).movedim(self.axis, 0)
+        return tensor.unflatten(self.axis, (folded, samples)).movedim(self.axis + 1, 0)
+
+
+def split_samples(tensor: Tensor, layout: Layout | None, samples: int) -> Tensor:
+    """Give tensor a first axis of N samples; without a layout the whole tensor is the one sample."""
+    return tensor.unsqueeze(0) if layout is None else layout.split(tensor, samples)
+
+
+def sample_weights(samples: int, like: Tensor) -> Tensor:
+    """Return [N] powers of two that differ between samples as far as the dtype of `like` allows."""
+    # float16 leaves room for few powers; elsewhere 41 of them keep every plain product far from overflow.
+    span = 4 if like.dtype == torch.float16 else 20
+    generator = torch.Generator().manual_seed(samples)
+    rounds = math.ceil(samples / (2 * span + 1))
+    exponents = torch.cat([torch.randperm(2 * span + 1, generator=generator) - span for _ in range(rounds)])
+    return torch.exp2(exponents[:samples].double()).to(like)
+
+
+class Fingerprint(NamedTuple):
+    """A random projection of δ on each axis that may hold the samples, and the magnitude of what was summed."""
+
+    sums: dict[int, Tensor]  # axis -> [size]
+    scales: dict[int, Tensor]
+
+    @classmethod
+    def of(cls, delta: Tensor, axes: Iterable[int], samples: int) -> "Fingerprint":
+        """Project δ on each of the candidate axes."""
+        sums, scales = {}, {}
+        wide = delta.float() if delta.dtype in (torch.bfloat16, torch.float16) else delta
+        for axis in axes:
+            size = delta.shape[axis]
+            if size == 0 or size % samples:
+                continue
+            rows = wide.movedim(axis, 0).reshape(size, -1)
+            # Signs and sizes are random, so that contributions of several samples to one entry cannot cancel.
+            generator = torch.Generator().manual_seed(rows.shape[1])
+            probe = (torch.rand(rows.shape[1], generator=generator, dtype=torch.float64) + 0.5).to(rows)
+            probe *= (torch.randint(0, 2, (rows.shape[1],), generator=generator) * 2 - 1).to(rows)
+            sums[axis], scales[axis] = rows @ probe, rows.abs() @ probe.abs()
+        return cls(sums, scales)
+
+    def vanishes(self) -> bool:
+        """Return whether δ is zero throughout, so that any layout adds nothing."""
+        return bool(self.sums) and not any(bool(scale.any()) for scale in self.scales.values())
+
+
+def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float) -> Layout | None:
+    """Return the layout that both fingerprints agree on, or None.
+
+    Args:
+        plain: Of δ of Σ_n objective_n.
+        weighted: Of δ of Σ_n w_n objective_n, on the same graph.
+        weights: w [N].
+        eps: Machine epsilon of the dtype in which δ was computed.
+    """
+    samples = len(weights)
+    # Rounding is the same in both runs except near underflow; a leak between samples below this is below rounding too.
+    tolerance = eps**0.75
+    for axis, sums in plain.sums.items():
+        folded = len(sums) // samples
+        expected = {"outer": weights.repeat_interleave(folded), "inner": weights.repeat(folded)}
+        for order in ("outer",) if folded == 1 else ("outer", "inner"):
+            w = expected[order].to(sums)
+            near = (weighted.sums[axis] - w * sums).abs() <= tolerance * w * plain.scales[axis]
+            seen = w[plain.scales[axis] > 0].unique()
+            # One weight alone is no evidence: two samples with different ones must have been told apart.
+            if bool(near.all()) and len(seen) > 1:
+                return Layout(axis, order)
+    return None

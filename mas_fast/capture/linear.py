@@ -1,0 +1,62 @@
+"""Rules for y = W x + b: linear, addmm, matmul, mm. Letters as in reference.py."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from mas_fast.capture.binding import Binding, Delta, rule
+from mas_fast.kernels import ops
+
+
+def _accumulate(omega: Mapping[str, Tensor], delta: Delta, saved: tuple[Any, ...], square: bool, transposed: bool) -> None:
+    (x,) = saved
+    grad_output = delta.positions(delta.value)  # [N, T, O]
+    if "weight" in omega:
+        x = delta.positions(x)  # [N, T, I]
+        weight = omega["weight"].mT if transposed else omega["weight"]
+        ops.accumulate_linear_(weight, grad_output, x, square)
+    if "bias" in omega:
+        ops.accumulate_affine_(None, omega["bias"], grad_output.unsqueeze(3), square=square)
+
+
+def _bind(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Binding | None:
+    # A bias that is not one number per output is added elementwise: no rule here.
+    if weight.dim() != 2 or (bias is not None and bias.shape != (weight.shape[1 if transposed else 0],)):
+        return None
+    return Binding(
+        rule="linear",
+        roles={"weight": weight, "bias": bias},
+        saved=(input,),
+        accumulate=partial(_accumulate, transposed=transposed),
+        axes=lambda output, _: range(len(output) - 1),
+    )
+
+
+@rule(F.linear)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Binding | None:
+    """F.linear: y = x Wᵀ + b, W [O, I]."""
+    return _bind(input, weight, bias, transposed=False)
+
+
+@rule(torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
+def matmul(input: Tensor, other: Tensor) -> Binding | None:
+    """x @ W with W [I, O] on the right."""
+    return _bind(input, other, None, transposed=True)
+
+
+@rule(torch.Tensor.__rmatmul__)
+def rmatmul(self: Tensor, other: Tensor) -> Binding | None:
+    """W.__rmatmul__(x) is x @ W."""
+    return matmul(other, self)
+
+
+@rule(torch.addmm, torch.Tensor.addmm)
+def addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
+) -> Binding | None:
+    """torch.addmm(b, x, W): b + x @ W with W [I, O]."""
+    return None if beta != 1 or alpha != 1 or out is not None else _bind(mat1, mat2, input, transposed=True)

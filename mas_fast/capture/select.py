@@ -1,0 +1,111 @@
+"""Calls that only pick and move entries of a parameter: views, slices, chunks, casts, rows by shared ids.
+
+Such a call commutes with |·|, so its result is tracked in the parameter's place. The Ω of the result is a view of the
+parameter's Ω where the call itself gives a view. Elsewhere it is a buffer of its own, and the numbers of the picked
+entries, found by running the same call on a tensor of numbers, say where the buffer is added back.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from mas_fast.capture.site import Site
+
+_METHODS = (
+    "view reshape view_as reshape_as transpose t permute swapaxes swapdims movedim moveaxis unsqueeze squeeze flatten "
+    "unflatten ravel narrow select index_select __getitem__ chunk split tensor_split unbind contiguous clone flip roll "
+    "diagonal unsafe_chunk unsafe_split"
+).split()
+_CASTS = "to type type_as float double half bfloat16 cpu cuda".split()
+
+CASTS: frozenset[Any] = frozenset(getattr(torch.Tensor, name) for name in _CASTS)
+SELECTIONS: frozenset[Any] = CASTS | {
+    *(getattr(owner, name) for owner in (torch, torch.Tensor) for name in _METHODS if hasattr(owner, name)),
+    torch.Tensor.T.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
+    F.embedding,
+}
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A parameter, or what was picked from it, with the Ω that its gradients' magnitudes are added to."""
+
+    tensor: Tensor  # held, so that its id stays its own
+    name: str  # of the parameter
+    omega: Tensor  # in the shape of the tensor
+    root: Tensor  # Ω of the whole parameter
+    numbers: Callable[[], Tensor]  # which entries of the parameter the tensor holds, in its shape
+    fold: Callable[[], None] | None = None  # adds a buffer of its own back to `root` and empties it
+    origin: Site | None = None  # the call that picked, if there is another way to understand it
+    whole: bool = True  # the parameter itself
+
+
+def track(name: str, parameter: Tensor, omega: Tensor) -> Tracked:
+    """Track a parameter itself."""
+    return Tracked(parameter, name, omega, omega, lambda: torch.arange(omega.numel(), device=omega.device).view(omega.shape))
+
+
+def looks_shared(ids: Tensor) -> bool:
+    """Guess whether an embedding's ids are the same for all samples, as positions are. A wrong guess costs time only."""
+    if ids.dim() >= 2:
+        return ids.shape[0] == 1
+    return ids.dim() == 1 and bool((ids[1:] - ids[:-1] == 1).all())
+
+
+def select(
+    function: Any, source: Tracked, site: Site, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
+) -> list[Tracked] | None:
+    """Track what a selecting call returned.
+
+    Args:
+        function: A member of SELECTIONS.
+        source: The tracked argument.
+        site: The call's site.
+        args: Arguments of the call.
+        kwargs: Keyword arguments of the call.
+        results: What the call returned.
+
+    Returns:
+        The results, tracked; None if an entry was picked twice, so that its uses would have to be summed before |·|.
+    """
+
+    def tracked(result: Tensor, omega: Tensor, numbers: Callable[[], Tensor], fold: Callable[[], None] | None) -> Tracked:
+        return Tracked(result, source.name, omega, source.root, numbers, fold, site, whole=False)
+
+    if function in CASTS:
+        return [tracked(results[0], source.omega, source.numbers, source.fold)]
+
+    def pick(stand_in: Tensor) -> list[Tensor]:
+        swap = lambda a: stand_in if a is source.tensor else a  # noqa: E731
+        picked = function(*map(swap, args), **{key: swap(a) for key, a in kwargs.items()})
+        return list(picked) if isinstance(picked, (tuple, list)) else [picked]
+
+    if function is not F.embedding:
+        parts = pick(source.omega)
+        storage = source.omega.untyped_storage().data_ptr()
+        if all(part.untyped_storage().data_ptr() == storage for part in parts):
+            return [
+                tracked(result, part, lambda i=i: pick(source.numbers())[i], source.fold)  # type: ignore[misc]
+                for i, (result, part) in enumerate(zip(results, parts, strict=True))
+            ]
+    numbered = pick(source.numbers())
+    if any(numbers.unique().numel() != numbers.numel() for numbers in numbered):
+        return None
+    picks = []
+    for result, numbers in zip(results, numbered, strict=True):
+        buffer = torch.zeros(numbers.shape, dtype=source.root.dtype, device=source.root.device)
+        picks.append(tracked(result, buffer, lambda numbers=numbers: numbers, _fold(source.root, numbers, buffer)))  # type: ignore[misc]
+    return picks
+
+
+def _fold(root: Tensor, numbers: Tensor, buffer: Tensor) -> Callable[[], None]:
+    def fold() -> None:
+        root.view(-1).index_add_(0, numbers.reshape(-1), buffer.view(-1))
+        buffer.zero_()
+
+    return fold

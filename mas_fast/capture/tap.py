@@ -1,0 +1,58 @@
+"""The point where a call's δ is seen: an identity in the graph, behind the call's ordinary output."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mas_fast.capture.binding import Accumulate
+from mas_fast.capture.layout import Fingerprint
+from mas_fast.capture.select import Tracked
+from mas_fast.capture.site import Site
+
+# (tap, δ, kept tensors)
+Receive = Callable[["Tap", Tensor, tuple[Any, ...]], None]
+
+
+@dataclass
+class Tap:
+    """One call of one forward whose δ adds to Ω."""
+
+    site: Site
+    rule: str
+    roles: Mapping[str, Tracked]
+    accumulate: Accumulate
+    shape: torch.Size  # of the output
+    axes: tuple[int, ...]  # of the output, that may hold the samples
+    receive: Receive
+    weighted: Fingerprint | None = field(default=None)
+
+
+class TapFunction(torch.autograd.Function):
+    """Identity whose backward hands δ to a Tap.
+
+    The parameter is detached in the call itself, so its gradient is never formed. `token` is a leaf that makes autograd come
+    by even where nothing else requires a gradient.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, output: Tensor, token: Tensor, tap: Tap, saved: list[Tensor], inplace: bool, view: bool
+    ) -> Tensor:
+        """Return the output, as the call itself would have given it: new, changed in place, or a view."""
+        ctx.tap = tap
+        # Through autograd, so that a kept tensor that the model changes later is an error and not a wrong Ω.
+        ctx.save_for_backward(*saved)
+        if inplace:
+            ctx.mark_dirty(output)
+            return output
+        # `.data` is no view to autograd: the model may go on to change the output in place, as with ReLU(inplace=True).
+        return output.view_as(output) if view else output.data
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Hand δ to the tap and pass it on."""
+        ctx.tap.receive(ctx.tap, delta, ctx.saved_tensors)
+        return delta, None, None, None, None, None

@@ -1,0 +1,99 @@
+"""The result as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mas_fast.demo.data import Task
+from mas_fast.demo.settings import Settings
+from mas_fast.demo.train import METHODS
+
+
+def format_opening(tasks: Sequence[Task], settings: Settings, seeds: Sequence[int]) -> str:
+    """Return what is about to be run."""
+    train, test = sum(len(task.train_images) for task in tasks), sum(len(task.test_images) for task in tasks)
+    return (
+        f"{len(tasks)} tasks of two digits: {', '.join(task.name for task in tasks)}; {train:,} images to train on, "
+        f"{test} to test\n"
+        f"{len(METHODS)} methods, seeds {', '.join(map(str, seeds))}; {settings.epochs} epochs of SGD, "
+        f"batch size {settings.batch_size}, learning rate {settings.lr:g}; MAS with λ = {settings.lam:g}"
+    )
+
+
+def format_tables(result: Mapping[str, Any]) -> str:
+    """Return the accuracy matrices and the summary of the methods, in percent, and the cost."""
+    blocks = [_format_matrix(name, result) for name in result["methods"]]
+    return "\n\n".join([*blocks, _format_summary(result), _format_cost(result["cost"])])
+
+
+def conclude(result: Mapping[str, Any]) -> str:
+    """Say in one sentence whether MAS forgot less than fine-tuning over the seeds.
+
+    "Less" is said only if the mean difference between the two on the same seed exceeds twice its standard error.
+    """
+    seeds = len(result["seeds"])
+    over = f"over {seeds} seeds" if seeds > 1 else "with the one seed that was run"
+    forgot = {name: _points(method["forgetting"]) for name, method in result["methods"].items()}
+    figures = f"{forgot['MAS']} points against {forgot['fine-tuning']} (joint training: {forgot['joint']})"
+    avoided = result["forgetting_avoided"]
+    mean, error = avoided["mean"], avoided["standard_error"]
+    if mean <= 0:
+        verdict, addition = "did not forget less than fine-tuning", ""
+    elif error is None:
+        verdict, addition = "forgot less than fine-tuning", ", which says nothing about other seeds"
+    elif mean <= 2 * error:
+        verdict = "was not shown to forget less than fine-tuning"
+        addition = f"; the difference of {_points(avoided)} points is within twice its standard error"
+    else:
+        fewer = sum(difference > 0 for difference in avoided["per_seed"])
+        verdict = "forgot less than fine-tuning"
+        addition = f"; the difference is {_points(avoided)} points, and it is positive for {fewer} of the {seeds} seeds"
+    return f"MAS (λ = {result['settings']['lam']:g}) {verdict} {over}: {figures}{addition}."
+
+
+def _format_matrix(name: str, result: Mapping[str, Any]) -> str:
+    accuracy = result["methods"][name]["accuracy"]
+    names = [task["name"] for task in result["tasks"]]
+    lines = [f"{name}: accuracy in % on each task (column) after training on each task (row)"]
+    lines.append(" " * 7 + "".join(f"{task:>13}" for task in names))
+    for task, means, errors in zip(names, accuracy["mean"], accuracy["standard_error"], strict=True):
+        cells = (_points({"mean": m, "standard_error": e}) for m, e in zip(means, errors, strict=True))
+        lines.append(f"{task:>7}" + "".join(f"{cell:>13}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _format_summary(result: Mapping[str, Any]) -> str:
+    seeds = len(result["seeds"])
+    spread = f"mean ± standard error over {seeds} seeds" if seeds > 1 else "one seed"
+    lines = [
+        f"Summary in % ({spread})",
+        f"{'':12}{'average accuracy':>18}{'forgetting':>14}{'just learned':>16}",
+    ]
+    for name, method in result["methods"].items():
+        cells = [_points(method[key]) for key in ("average_accuracy", "forgetting", "new_task_accuracy")]
+        lines.append(f"{name:12}{cells[0]:>18}{cells[1]:>14}{cells[2]:>16}")
+    lines += [
+        "average accuracy: over the five tasks after the last; forgetting: best earlier accuracy minus the last,",
+        "over the first four tasks; just learned: accuracy on each task right after training on it",
+    ]
+    return "\n".join(lines)
+
+
+def _format_cost(cost: Mapping[str, Any]) -> str:
+    ordinary, importance, loop = (f"{cost['time_ms'][name]['p50']:9.2f} ms" for name in ("ordinary", "pass", "loop"))
+    return "\n".join(
+        [
+            f"Cost on the {cost['num_samples']} training images of the last task "
+            f"(medians of {cost['repeats']} interleaved repeats, float32)",
+            f"  ordinary forward+backward, one batch {ordinary}",
+            f"  importance pass, one batch           {importance}   {cost['pass_over_ordinary']:.2f} × the ordinary",
+            f"  loop, one image at a time            {loop}   {cost['loop_over_pass']:.1f} × the pass",
+            f"  largest relative error of Ω against the float64 loop: {cost['max_relative_error']:.1e}",
+        ]
+    )
+
+
+def _points(value: Mapping[str, Any]) -> str:
+    mean, error = value["mean"], value["standard_error"]
+    return f"{100 * mean:.1f}" if error is None else f"{100 * mean:.1f} ± {100 * error:.1f}"

@@ -1,0 +1,103 @@
+"""`python -m mas_fast doctor`: what runs on this machine, and why the alternatives do not."""
+
+import importlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mas_fast
+from mas_fast.kernels import ops
+
+PACKAGE_DIR = Path(mas_fast.__file__).resolve().parent
+
+
+def main() -> int:
+    """Print the report; return 0, or 1 if something that was built cannot be used."""
+    print(report())
+    found = problems()
+    for problem in found:
+        print(f"\nPROBLEM  {problem}")
+    return 1 if found else 0
+
+
+def report() -> str:
+    """Return versions, how the package was built, and which implementation every op has on every device."""
+    chosen = ops.cpu_capability() or "reference kernels only"
+    facts = {
+        "mas_fast": f"{mas_fast.__version__} in {PACKAGE_DIR}",
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+        "CPU": f"{chosen} (torch: {torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads",
+        "GPU": ", ".join(gpu_names()) or "none that torch can use",
+        "build": build_text(build_info()),
+    }
+    width = max(map(len, facts))
+    lines = [f"{name.ljust(width)}  {value}" for name, value in facts.items()]
+    return "\n".join([*lines, "", str(ops.implementations())])
+
+
+def gpu_names() -> list[str]:
+    """Return the names of the CUDA devices that torch sees now."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.get_device_name(index) for index in range(count)]
+
+
+def build_info() -> dict[str, Any] | None:
+    """Return what `_C` says about the compiled library; None if nothing was compiled or `_C` cannot be imported."""
+    try:
+        return importlib.import_module("mas_fast._C").build_info()
+    except ImportError:
+        return None
+
+
+def build_text(info: dict[str, Any] | None) -> str:
+    """Return one line on how the package was built."""
+    if info is None:
+        return (
+            "Python only; the compiled kernels come with 'MAS_FAST_BUILD=cpu pip install --no-build-isolation', "
+            "which names whatever it lacks"
+        )
+    return (
+        f"C++ kernels for {info['architecture']} ({', '.join(info['instruction_sets'])}) by {info['compiler']} "
+        f"with torch {info['torch']}; needs torch >= {info['oldest_torch']}"
+    )
+
+
+def problems() -> list[str]:
+    """Return what was built into the package and cannot be used: one line each, with the way out."""
+    library, modules = built_files()
+    if library is None and not modules:
+        return []
+    found = []
+    if library is None:
+        found.append(f"{ops.LIBRARY_PATH} is missing although {modules[0].name} is there")
+    elif (error := load_error(library)) is not None:
+        found.append(f"{library} cannot be loaded: {error}")
+    info = build_info()
+    if info is None:
+        found.append(f"mas_fast._C cannot be imported by Python {platform.python_version()}: {names_of(modules)}")
+    elif info["version"] != mas_fast.__version__:
+        found.append(f"the kernels were built from version {info['version']}, the package is {mas_fast.__version__}")
+    return [f"{problem}; reinstall mas_fast for this Python and torch" for problem in found]
+
+
+def built_files() -> tuple[Path | None, list[Path]]:
+    """Return the compiled op library, if it is there, and every build of the module `_C`, for whichever Python."""
+    return ops.LIBRARY_PATH if ops.LIBRARY_PATH.exists() else None, sorted(PACKAGE_DIR.glob("_C.*.so"))
+
+
+def load_error(library: Path) -> str | None:
+    """Return why torch cannot load a library, or None if it can."""
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def names_of(modules: list[Path]) -> str:
+    """Return what was found of `_C`, for a message."""
+    return "found " + (", ".join(path.name for path in modules) or "no file of it")

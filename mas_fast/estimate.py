@@ -1,0 +1,269 @@
+"""estimate_importance: the pass over a data set, and `capture`, the same for people who own their loop."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from mas_fast.capture.session import Capture
+from mas_fast.coverage import Coverage
+from mas_fast.errors import CaptureError
+from mas_fast.importance import Importance
+from mas_fast.names import named_parameters
+from mas_fast.reference import default_forward, sample_objective
+
+Objective = str | Callable[[Any], Tensor]
+Parameters = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+def estimate_importance(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    objective: Objective = "l2_squared",
+    statistic: str = "abs",
+    scope: str = "global",
+    parameters: Parameters = None,
+    dtype: torch.dtype = torch.float32,
+    unsupported: str = "loop",
+    progress: bool = False,
+) -> Importance:
+    """Compute Ω = (1/N) Σ_n |∂objective(F(x_n; θ))/∂θ|, exactly, in one pass over unlabelled data.
+
+    The result does not depend on how the samples are batched. The model runs in eval mode and is left as it was found,
+    also after an error: parameters, buffers, gradients, mode and random state.
+
+    Args:
+        model: Any module. Parameters that require no gradient get no Ω.
+        data: Any iterable of batches; it is iterated once.
+        forward: Callable (model, batch) -> output. By default a tensor batch gives model(b), a tuple or list model(b[0]),
+            a mapping model(**b) without its labels; the output is a tensor, or has .logits or .last_hidden_state.
+        objective: "l2_squared" (the paper's ‖F‖²), "l2", "l1", or a callable output -> [N], one scalar per sample. The
+            number of samples is read from its result. By name, the first axis of the output is the sample axis.
+        statistic: "abs" for Ω of MAS; "square" for Σ g²/N, the exact diagonal empirical Fisher of the objective.
+        scope: "global"; "local" (l-MAS) does not exist yet in this version.
+        parameters: Names, or a predicate (name, parameter) -> bool; by default all that require a gradient.
+        dtype: Floating dtype of Ω. Sums are never narrower than float32.
+        unsupported: What no rule is exact for goes through one backward per sample ("loop", reported in `.coverage`), or
+            is an error that lists it all ("raise").
+        progress: Show a progress bar.
+
+    Returns:
+        Importance: name -> Ω, with .num_samples and .coverage.
+
+    Raises:
+        ValueError: The data is empty, nothing is trainable, a name is unknown, an objective is not one scalar per sample.
+        TypeError: A batch or an output is of a kind that needs `forward`.
+        CaptureError: No exact answer exists: samples influence each other, or the forward changes parameters.
+        FloatingPointError: An output or gradient is not finite; names the batch, and the parameters.
+
+    Source:
+        Aljundi et al., Memory Aware Synapses: Learning what (not) to forget, ECCV 2018, Sec. 4.1.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    run = forward or default_forward
+    with capture(
+        model, statistic=statistic, scope=scope, parameters=parameters, dtype=dtype, unsupported=unsupported
+    ) as session:
+        name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", repr(objective))
+        # An unknown name should not wait for the first batch.
+        if isinstance(objective, str):
+            sample_objective(objective, torch.zeros(1, 1))
+        for index, batch in enumerate(_with_progress(data, progress)):
+            try:
+                batch = tree_map_only(Tensor, _normal, batch)
+                if forward is None and index == 0:
+                    _check_independence(session.model, batch, objective)
+                session.accumulate(lambda batch=batch: sample_objective(objective, run(session.model, batch)))  # type: ignore[misc]
+            except (ValueError, TypeError, CaptureError, FloatingPointError) as error:
+                if type(error) not in (ValueError, TypeError, CaptureError, FloatingPointError):
+                    raise
+                raise type(error)(f"batch {index}: {error}") from error
+        if session.num_samples == 0:
+            raise ValueError("data must hold at least one batch, got none; a one-shot iterator may be used up")
+        return session.importance(objective=name)
+
+
+class Session(Capture):
+    """A running capture of a model: feed it batches with `accumulate`, read `importance()` at any time.
+
+    Attributes:
+        model: The model, in eval mode while the session runs; of a `torch.compile`d one, the module inside.
+    """
+
+    def __init__(self, model: nn.Module, scope: str, selected: Mapping[str, nn.Parameter], **options: Any) -> None:
+        super().__init__(selected, **options)
+        self.model = model
+        self._scope = scope
+
+    def importance(self, objective: str = "custom") -> Importance:
+        """Return Ω of the samples so far: the sums divided by their number.
+
+        Args:
+            objective: What to record as the objective's name.
+
+        Raises:
+            ValueError: No sample has been accumulated.
+        """
+        if self.num_samples == 0:
+            raise ValueError("importance must be of at least one sample, got none; call accumulate first")
+        rows = [
+            Coverage(
+                name,
+                "loop" if name in self.fallback else self.rules.get(name, "unused"),
+                self.uses[name],
+                self.fallback.get(name),
+            )
+            for name in self.sums
+        ]
+        omega = {name: (total / self.num_samples).to(self.dtype) for name, total in self.sums.items()}
+        return Importance(
+            omega,
+            self.num_samples,
+            coverage=rows,
+            objective=objective,
+            statistic="square" if self.square else "abs",
+            scope=self._scope,
+        )
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    *,
+    statistic: str = "abs",
+    scope: str = "global",
+    parameters: Parameters = None,
+    dtype: torch.dtype = torch.float32,
+    unsupported: str = "loop",
+) -> Iterator[Session]:
+    """Run a model under capture, for people who own their loop.
+
+    ```python
+    with mas_fast.capture(model) as session:
+        for batch in loader:
+            session.accumulate(lambda: model(batch).square().sum(1))  # [N], one scalar per sample
+    importance = session.importance()
+    ```
+
+    `accumulate` calls the function once, or again if a first run shows that a parameter has to be treated otherwise.
+    On leaving, mode, buffers and random state of the model are as they were.
+
+    Args:
+        model: See `estimate_importance`, as for all other arguments.
+        statistic: "abs" or "square".
+        scope: "global".
+        parameters: Names, or a predicate (name, parameter) -> bool.
+        dtype: Floating dtype of Ω.
+        unsupported: "loop" or "raise".
+
+    Yields:
+        Session: with .accumulate(objectives), .importance(), .num_samples.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if statistic not in ("abs", "square"):
+        raise ValueError(f"statistic must be 'abs' or 'square', got {statistic!r}")
+    if scope == "local":
+        raise NotImplementedError("scope='local' (l-MAS) does not exist yet in this version; use scope='global'")
+    if scope != "global":
+        raise ValueError(f"scope must be 'global' or 'local', got {scope!r}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating dtype, got {dtype}")
+    selected = _select_parameters(model, parameters)
+    # Compiled code hides the calls that the rules know; the module inside computes the same.
+    inner = getattr(model, "_orig_mod", model)
+    with _left_as_found(inner):
+        yield Session(
+            inner, scope, selected, square=statistic == "square", dtype=dtype, unsupported=unsupported
+        )
+
+
+def _select_parameters(model: nn.Module, wanted: Parameters) -> dict[str, nn.Parameter]:
+    every = named_parameters(model)
+    if wanted is None:
+        names = [name for name, p in every.items() if p.requires_grad]
+        if not names:
+            raise ValueError("model must have a parameter that requires a gradient, got none; call requires_grad_(True)")
+    elif callable(wanted):
+        names = [name for name, p in every.items() if wanted(name, p)]
+        if not names:
+            raise ValueError("parameters must select at least one parameter, got none")
+    else:
+        names = [wanted] if isinstance(wanted, str) else list(dict.fromkeys(wanted))
+        unknown = [name for name in names if name not in every]
+        if unknown or not names:
+            raise ValueError(f"parameters must be names of the model's parameters, got {unknown or 'none'}")
+    problems = []
+    for name in names:
+        p = every[name]
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            problems.append(f"{name} is not initialised yet: run one batch through the lazy module first")
+        elif p.is_meta:
+            problems.append(f"{name} is on the meta device: materialise it first")
+        elif p.is_complex():
+            problems.append(f"{name} is complex: |·| of its gradient is not defined here")
+        elif not p.is_floating_point():
+            problems.append(f"{name} is {p.dtype}, not floating-point")
+        elif not p.requires_grad:
+            problems.append(f"{name} does not require a gradient: call requires_grad_(True)")
+    if problems:
+        raise ValueError("parameters must be real, materialised and trainable, got:\n  - " + "\n  - ".join(problems))
+    return {name: every[name] for name in names}
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: (buffer._version, buffer.detach().clone()) for buffer in model.buffers()}
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            with torch.no_grad():
+                for buffer, (version, value) in buffers.items():
+                    if buffer._version != version:
+                        buffer.copy_(value)
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """Return a tensor that autograd can save: those made in inference mode cannot be."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _check_independence(model: nn.Module, batch: Any, objective: Objective) -> None:
+    """Compare the first sample's objective alone with that in its batch; whoever mixes samples shows here."""
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    samples = tensors[0].shape[0] if tensors and tensors[0].dim() else 0
+    if samples < 2 or any(t.dim() == 0 or t.shape[0] != samples for t in tensors):
+        # Not evidently one row per sample.
+        return
+    with torch.no_grad():
+        together = sample_objective(objective, default_forward(model, batch))
+        alone = sample_objective(objective, default_forward(model, tree_map_only(Tensor, lambda t: t[:1], batch)))
+    if together.shape != (samples,) or alone.shape != (1,):
+        return
+    tolerance = torch.finfo(together.dtype).eps ** 0.5
+    if not bool((together[0] - alone[0]).abs() <= tolerance * torch.maximum(together[0].abs(), alone[0].abs())):
+        raise CaptureError(
+            f"samples must not influence each other, got objective {float(together[0]):.6g} for sample 0 in its batch and "
+            f"{float(alone[0]):.6g} alone; find what mixes samples or is random in eval mode, or use batches of one sample"
+        )
+
+
+def _with_progress(data: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return data
+    from tqdm.auto import tqdm
+
+    total = len(data) if hasattr(data, "__len__") else None
+    return tqdm(data, total=total, desc="importance", unit="batch")

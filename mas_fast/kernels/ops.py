@@ -1,0 +1,328 @@
+"""Every op of mas_fast, declared once: schema, argument checks, fake, and which implementation runs on which device.
+
+The plain-torch reference is the default kernel of every op, so the package is complete before anything is compiled. The
+compiled library (csrc/cpu) overlays it for CPU tensors through PyTorch's dispatcher. Letters as in reference.py.
+"""
+
+import ctypes
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mas_fast import reference
+
+LIBRARY_PATH = Path(__file__).resolve().parent.parent / ("_kernels.dylib" if sys.platform == "darwin" else "_kernels.so")
+
+# op -> (schema, reference kernel)
+OPS: dict[str, tuple[str, Callable[..., None]]] = {
+    "accumulate_linear_": (
+        "(Tensor(a!) omega, Tensor grad_output, Tensor input, bool square=False) -> ()",
+        reference.accumulate_linear_,
+    ),
+    "accumulate_conv_": (
+        "(Tensor(a!) omega, Tensor grad_output, Tensor input, int[] stride, int[] padding, int[] dilation, int groups=1,"
+        " bool square=False) -> ()",
+        reference.accumulate_conv_,
+    ),
+    "accumulate_embedding_": (
+        "(Tensor(a!) omega, Tensor grad_output, Tensor ids, int padding_idx=-1, bool square=False) -> ()",
+        reference.accumulate_embedding_,
+    ),
+    "accumulate_affine_": (
+        "(Tensor(a!)? omega_weight, Tensor(b!)? omega_bias, Tensor grad_output, Tensor? input=None, Tensor? mean=None,"
+        " Tensor? rstd=None, bool square=False) -> ()",
+        reference.accumulate_affine_,
+    ),
+}
+
+_library = torch.library.Library("mas_fast", "DEF")
+for _name, (_schema, _kernel) in OPS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mas_fast::{_name}", lambda *args, **kwargs: None, lib=_library)
+
+
+def _load() -> str | None:
+    """Load the compiled library; return None, or the reason why the reference kernels run instead."""
+    wanted = os.environ.get("MAS_FAST_KERNELS", "auto")
+    if wanted not in ("auto", "reference"):
+        raise ValueError(f"MAS_FAST_KERNELS must be auto or reference, got {wanted!r}")
+    if wanted == "reference":
+        return "MAS_FAST_KERNELS=reference"
+    if not LIBRARY_PATH.exists():
+        return "not compiled in this installation (MAS_FAST_BUILD=python, or no compiler was found)"
+    try:
+        torch.ops.load_library(LIBRARY_PATH)
+    except OSError as error:
+        # Importing must still work, so that `python -m mas_fast doctor` can say this again.
+        warnings.warn(
+            f"mas_fast runs its slow reference kernels: {LIBRARY_PATH} was built but cannot be loaded: {error}; reinstall "
+            "mas_fast for this torch, or set MAS_FAST_KERNELS=reference to choose them",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return f"cannot be loaded: {error}"
+    return None
+
+
+_reference_reason = _load()
+load_error = _reference_reason if (_reference_reason or "").startswith("cannot be loaded") else None
+
+
+def cpu_capability() -> str | None:
+    """Return the instruction set that the compiled CPU kernels chose at run time, or None if the reference runs."""
+    if _reference_reason is not None:
+        return None
+    probe = ctypes.CDLL(str(LIBRARY_PATH)).mas_fast_cpu_instruction_set
+    probe.restype = ctypes.c_char_p
+    return probe().decode()
+
+
+class Implementation(NamedTuple):
+    """What runs one op on one device, and why nothing faster does (empty if nothing faster exists)."""
+
+    op: str
+    device: str
+    implementation: str
+    reason: str
+
+
+class Implementations(Sequence[Implementation]):
+    """Rows of op × device; prints as a table."""
+
+    def __init__(self, rows: Sequence[Implementation]) -> None:
+        """Hold the rows in order."""
+        self._rows = tuple(rows)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
+        """Return a row, or a tuple of rows for a slice."""
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Implementation]:
+        """Iterate over the rows."""
+        return iter(self._rows)
+
+    def __str__(self) -> str:
+        """Return the rows as an aligned table."""
+        lines = [tuple(name.replace("_", " ") for name in Implementation._fields), *self._rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(4)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+
+def implementations() -> Implementations:
+    """Return what runs each op on each device on this machine, and why the alternatives do not."""
+    isa = cpu_capability()
+    cpu = ("reference", _reference_reason or "") if isa is None else (f"C++ ({isa})", "")
+    cuda = ("reference", "no GPU kernels in this version")
+    return Implementations(
+        [Implementation(op, device, *row) for op in OPS for device, row in (("cpu", cpu), ("cuda", cuda))]
+    )
+
+
+def accumulate_linear_(omega: Tensor, grad_output: Tensor, input: Tensor, square: bool = False) -> None:
+    """Add Σ_n |Σ_t δ_nt x_ntᵀ| to omega; see `reference.accumulate_linear_`.
+
+    Args:
+        omega: [O, I], float32 or float64, changed in place.
+        grad_output: δ [N, T, O], any floating dtype.
+        input: x [N, T, I], any floating dtype.
+        square: Σ_n (·)² instead of Σ_n |·|.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit.
+    """
+    _check_omega("omega", omega, 2)
+    samples, positions = _check_data("grad_output", grad_output, omega, 3).shape[:2]
+    _check_shape("grad_output", grad_output, [samples, positions, omega.shape[0]])
+    _check_shape("input", _check_data("input", input, omega, 3), [samples, positions, omega.shape[1]])
+    if not omega.is_contiguous() and omega.mT.is_contiguous():
+        # Ωᵀ of y = W x is Ω with x and δ exchanged.
+        omega, grad_output, input = omega.mT, input, grad_output
+    grad_output, input = _common_dtype(omega, grad_output, input)
+    with _contiguous(omega) as buffer:
+        torch.ops.mas_fast.accumulate_linear_(buffer, grad_output, input, square)
+
+
+def accumulate_conv_(
+    omega: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    square: bool = False,
+) -> None:
+    """Add Σ_n |∂⟨δ_n, conv(x_n, W)⟩/∂W| to omega; see `reference.accumulate_conv_`.
+
+    Args:
+        omega: [O, I/groups, *kernel] with 1, 2 or 3 kernel axes, float32 or float64, changed in place.
+        grad_output: δ [N, O, *out], any floating dtype.
+        input: x [N, I, *in], any floating dtype.
+        stride: One positive number per axis.
+        padding: Zeros on both sides, one number per axis.
+        dilation: One positive number per axis.
+        groups: Channel groups.
+        square: Σ_n (·)² instead of Σ_n |·|.
+
+    Raises:
+        ValueError: A shape, dtype, device or geometry does not fit.
+    """
+    axes = omega.dim() - 2
+    if axes not in (1, 2, 3):
+        raise ValueError(f"omega must have 1, 2 or 3 kernel axes, got shape {list(omega.shape)}")
+    _check_omega("omega", omega, axes + 2)
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(values) != axes or any(value < least for value in values):
+            raise ValueError(f"{name} must be {axes} numbers of at least {least}, got {list(values)}")
+    if groups < 1 or omega.shape[0] % groups:
+        raise ValueError(f"groups must divide the {omega.shape[0]} output channels, got {groups}")
+    samples = _check_data("input", input, omega, axes + 2).shape[0]
+    _check_shape("input", input, [samples, omega.shape[1] * groups, *input.shape[2:]])
+    out = [
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(input.shape[2:], omega.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    _check_data("grad_output", grad_output, omega, axes + 2)
+    _check_shape("grad_output", grad_output, [samples, omega.shape[0], *out])
+    grad_output, input = _common_dtype(omega, grad_output, input)
+    with _contiguous(omega) as buffer:
+        torch.ops.mas_fast.accumulate_conv_(
+            buffer, grad_output, input, list(stride), list(padding), list(dilation), groups, square
+        )
+
+
+def accumulate_embedding_(
+    omega: Tensor, grad_output: Tensor, ids: Tensor, padding_idx: int = -1, square: bool = False
+) -> None:
+    """Add Σ_n |Σ_{t: ids_nt = v} δ_nt| to every row v of omega; see `reference.accumulate_embedding_`.
+
+    Args:
+        omega: [V, D], float32 or float64, changed in place.
+        grad_output: δ [N, T, D], any floating dtype.
+        ids: int32 or int64 [N, T], each in [0, V).
+        padding_idx: Row that gets nothing; negative for none.
+        square: Σ_n (·)² instead of Σ_n |·|.
+
+    Raises:
+        ValueError: A shape, dtype, device or id does not fit.
+    """
+    _check_omega("omega", omega, 2)
+    samples, positions = _check_data("grad_output", grad_output, omega, 3).shape[:2]
+    _check_shape("grad_output", grad_output, [samples, positions, omega.shape[1]])
+    _check_shape("ids", ids, [samples, positions])
+    if ids.dtype not in (torch.int32, torch.int64) or ids.device != omega.device:
+        raise ValueError(f"ids must be int32 or int64 on {omega.device}, got {ids.dtype} on {ids.device}")
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < omega.shape[0]:
+        raise ValueError(f"ids must lie in [0, {omega.shape[0]}), got {int(ids.min())} to {int(ids.max())}")
+    (grad_output,) = _common_dtype(omega, grad_output)
+    with _contiguous(omega) as buffer:
+        torch.ops.mas_fast.accumulate_embedding_(buffer, grad_output, ids.long(), padding_idx, square)
+
+
+def accumulate_affine_(
+    omega_weight: Tensor | None,
+    omega_bias: Tensor | None,
+    grad_output: Tensor,
+    input: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    square: bool = False,
+) -> None:
+    """Add Σ_n |Σ_rs δ (x − mean) rstd| to omega_weight and Σ_n |Σ_rs δ| to omega_bias; see `reference.accumulate_affine_`.
+
+    Args:
+        omega_weight: [K], float32 or float64, changed in place, or None.
+        omega_bias: [K], of the same dtype, changed in place, or None.
+        grad_output: δ [N, R, K, S], any floating dtype.
+        input: x, of the shape of δ; needed with omega_weight.
+        mean: Broadcasts to the shape of δ; None is 0.
+        rstd: Broadcasts to the shape of δ; None is 1.
+        square: Σ_n (·)² instead of Σ_n |·|.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit, or nothing is to be accumulated.
+    """
+    given = {"omega_weight": omega_weight, "omega_bias": omega_bias}
+    omegas = {name: omega for name, omega in given.items() if omega is not None}
+    if not omegas:
+        raise ValueError("omega_weight or omega_bias must be a tensor, got None for both")
+    first = next(iter(omegas.values()))
+    for name, omega in omegas.items():
+        _check_omega(name, omega, 1)
+        if omega.shape != first.shape or omega.dtype != first.dtype:
+            raise ValueError(f"omega_weight and omega_bias must agree, got {first.shape} and {omega.shape}")
+    shape = _check_data("grad_output", grad_output, first, 4).shape
+    _check_shape("grad_output", grad_output, [*shape[:2], first.shape[0], shape[3]])
+    if omega_weight is None:
+        input = mean = rstd = None
+    elif input is None:
+        raise ValueError("input must be a tensor where omega_weight is given, got None")
+    else:
+        _check_shape("input", _check_data("input", input, first, 4), list(shape))
+        grad_output, input = _common_dtype(first, grad_output, input)
+        mean, rstd = (None if t is None else t.to(first.dtype).broadcast_to(shape) for t in (mean, rstd))
+    (grad_output,) = _common_dtype(first, grad_output)
+    with _contiguous(omega_weight) as weight, _contiguous(omega_bias) as bias:
+        torch.ops.mas_fast.accumulate_affine_(weight, bias, grad_output, input, mean, rstd, square)
+
+
+class _contiguous:  # noqa: N801
+    """Give a contiguous Ω to write to; what was added to a copy is added back at the end."""
+
+    def __init__(self, omega: Tensor | None) -> None:
+        self.omega = omega
+        self.direct = omega is None or omega.is_contiguous()
+
+    def __enter__(self) -> Tensor | None:
+        self.buffer = self.omega if self.direct else torch.zeros_like(self.omega, memory_format=torch.contiguous_format)
+        return self.buffer
+
+    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
+        if not self.direct and exception is None:
+            self.omega.add_(self.buffer)  # type: ignore[union-attr, arg-type]
+
+
+def _check_omega(name: str, omega: Tensor, dims: int) -> None:
+    if omega.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be float32 or float64, got {omega.dtype}; Ω is never accumulated in less")
+    if omega.dim() != dims:
+        raise ValueError(f"{name} must have {dims} axes, got shape {list(omega.shape)}")
+    if omega.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: it is changed in place; pass {name}.detach()")
+
+
+def _check_data(name: str, data: Tensor, omega: Tensor, dims: int) -> Tensor:
+    if not data.is_floating_point() or data.device != omega.device:
+        raise ValueError(f"{name} must be floating-point on {omega.device}, got {data.dtype} on {data.device}")
+    if data.dim() != dims:
+        raise ValueError(f"{name} must have {dims} axes, got shape {list(data.shape)}")
+    return data
+
+
+def _check_shape(name: str, data: Tensor, shape: Sequence[int]) -> None:
+    if list(data.shape) != list(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(data.shape)}")
+
+
+def _common_dtype(omega: Tensor, *data: Tensor) -> tuple[Tensor, ...]:
+    """Bring data to one dtype that the kernels take: float64 for a float64 Ω, else float32, or bfloat16 and float16 as is."""
+    if omega.dtype == torch.float64:
+        dtype = torch.float64
+    else:
+        dtypes = {t.dtype for t in data}
+        narrow = dtypes in ({torch.bfloat16}, {torch.float16})
+        dtype = dtypes.pop() if narrow else torch.float32
+    return tuple(t.detach().to(dtype) for t in data)
