@@ -84,7 +84,7 @@ def find_compiler(environ: Mapping[str, str]) -> str | None:
 
 
 def find_torch_dir() -> Path | None:
-    """Return torch's folder if its stable-ABI headers and its library are there. Importing torch would need neither."""
+    """Return torch's folder if its stable-ABI headers and its library are there; looked up without importing torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -18,6 +19,9 @@ from benchmarks.methods import METHODS
 MIB = 2**20
 # The first batch meets every one-time cost, the others what the first leaves behind; more of them add data, not peaks.
 MAX_BATCHES = 3
+# By default glibc keeps freed blocks of up to 32 MiB, depending on their order: resident memory then moves by tens of MiB
+# between equal runs, and what making the model left behind hides the pass. With a fixed threshold they go back.
+RETURN_FREED_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
 
 
 def peak_mib(case: str, method: str, num_batches: int, dtype: str, num_threads: int, options: dict[str, int]) -> float:
@@ -41,7 +45,13 @@ def peak_mib(case: str, method: str, num_batches: int, dtype: str, num_threads: 
     command += [str(num_threads), json.dumps(options)]
     peaks = []
     for _ in range(3 if METHODS[method].is_ours else 1):
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], text=True, capture_output=True)
+        done = subprocess.run(
+            command,
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, **RETURN_FREED_BLOCKS},
+            text=True,
+            capture_output=True,
+        )
         if done.returncode != 0:
             raise RuntimeError(f"peak memory of {method} on {case} could not be measured:\n{done.stderr}")
         peaks.append(float(done.stdout.splitlines()[-1]))

@@ -103,11 +103,7 @@ class MAS:
         size, seen = len(self._state.omega), max(self._state.num_samples.values(), default=0)
         return f"<MAS of {size} parameters, lam={self.lam}, merge={self.merge!r}, num_samples={seen:,}>"
 
-    def consolidate(
-        self,
-        data: Importance | Iterable[Any],
-        **estimate_kwargs: Any,
-    ) -> Importance:
+    def consolidate(self, data: Importance | Iterable[Any], **estimate_kwargs: Any) -> Importance:
         """Estimate the importance on `data`, merge it into Ω, and set θ* = θ now.
 
         A parameter that only the old or only the new importance has keeps that Ω, so a head's Ω belongs to its task. θ*
@@ -137,9 +133,10 @@ class MAS:
             from mas_fast.estimate import estimate_importance
 
             importance = estimate_importance(self.model, data, **estimate_kwargs)
-        self._state = self._merged(importance)
-        if not any(bool(omega.any()) for omega in self._state.omega.values()):
+        state = self._merged(importance)
+        if not any(bool(omega.any()) for omega in state.omega.values()):
             warnings.warn("the importance is 0 for every parameter: the penalty holds nothing", stacklevel=2)
+        self._state = state
         return importance
 
     def penalty(self) -> Tensor:

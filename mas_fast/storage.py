@@ -30,6 +30,7 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
 
     Raises:
         FileNotFoundError: The folder of `path` does not exist.
+        OSError: The file could not be written, for instance for want of space.
     """
     # Through a symbolic link the file it points to is replaced, not the link.
     target = Path(path).resolve()
@@ -51,7 +52,10 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
         # An ordinary new file has the permissions that the user's umask grants; the one of safetensors is private.
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode
-        save_file(_savable(tensors), temporary, metadata=provenance | dict(header))
+        try:
+            save_file(_savable(tensors), temporary, metadata=provenance | dict(header))
+        except SafetensorError as error:
+            raise OSError(f"{os.fspath(path)!r} could not be written, an older file is unchanged: {error}") from error
         os.chmod(temporary, stat.S_IMODE(mode))
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -406,6 +406,15 @@ class TestFile:
         monkeypatch.undo()
         assert [entry.name for entry in tmp_path.iterdir()] == ["omega.safetensors"]
         assert torch.equal(Importance.load(path)["w"], omega())
+
+    def test_save_names_the_file_that_could_not_be_written(self, tmp_path, monkeypatch):
+        def fail(*args, **kwargs):
+            raise SafetensorError("no space left")
+
+        monkeypatch.setattr("mas_fast.storage.save_file", fail)
+        with pytest.raises(OSError, match="omega' could not be written, an older file is unchanged: no space left"):
+            Importance({"w": omega()}, 1).save(tmp_path / "omega")
+        assert list(tmp_path.iterdir()) == []
 
     def test_save_replaces_and_leaves_nothing_else(self, tmp_path):
         path = tmp_path / "omega.safetensors"

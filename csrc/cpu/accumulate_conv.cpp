@@ -104,7 +104,7 @@ std::vector<int64_t> kernel_offsets(const Geometry& g) {
 }
 
 // δ of one sample as [p, o]; joins the output axes, which must lie as in a contiguous tensor up to one common stride.
-Matrix delta_matrix(const Geometry& g, const Tensor& delta, int64_t n, int64_t output) {
+Matrix delta_matrix(const Tensor& delta, int64_t n, int64_t output) {
   return {element(delta, n * delta.stride(0) + output * delta.stride(1)), delta.stride(delta.dim() - 1), delta.stride(1)};
 }
 
@@ -127,29 +127,29 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
     });
   };
   const auto pack_delta = [&](int64_t group, int64_t n, int64_t row, int64_t rows, int64_t first, int64_t width, T* dst) {
-    Matrix src = delta_matrix(g, delta, n, group * group_outputs + first);
+    Matrix src = delta_matrix(delta, n, group * group_outputs + first);
     src.data = static_cast<const char*>(src.data) + row * src.row_stride * int64_t(delta.element_size());
     kernel.pack(input_type(delta), src, rows, std::min(width, group_outputs - first), width, Magnitude::kPlain, dst);
   };
+  // Columns are (kernel entry, channel) pairs. Channels stand together in the images, kernel entries in Ω: going through
+  // the kernel for one panel's worth of channels at a time reads vectors there and stays within few cache lines here.
+  std::vector<int64_t> image_offset, omega_offset;
+  for (int64_t first = 0; first < group_channels; first += kernel.tile_columns) {
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t c = first; c < std::min(first + kernel.tile_columns, group_channels); ++c) {
+        image_offset.push_back(offset[k] + c);
+        omega_offset.push_back(c * K + k);
+      }
+    }
+  }
   const auto pack_x = [&](int64_t group, int64_t n, int64_t row, int64_t rows, int64_t first, int64_t width, T* dst) {
     const T* from = images.get() + (n - chunk_first) * image + group * group_channels;
-    const int64_t last = std::min(first + width, columns);
-    for (int64_t p = row; p < row + rows; ++p, dst += width) {
-      int64_t j = first;
-      // Runs of channels under one kernel entry.
-      for (int64_t k = first / group_channels, c = first % group_channels; j < last; ++k, c = 0) {
-        const int64_t run = std::min(group_channels - c, last - j);
-        std::copy_n(from + base[p] + offset[k] + c, run, dst + (j - first));
-        j += run;
-      }
-      std::fill_n(dst + (last - first), width - (last - first), T(0));
-    }
+    kernel.pick(from, base.data() + row, rows, image_offset.data() + first, std::min(width, columns - first), dst);
   };
   T* const out = static_cast<T*>(omega.mutable_data_ptr());
-  const auto entry = [&](int64_t group, int64_t o, int64_t j) {
-    return out + ((group * group_outputs + o) * group_channels + j % group_channels) * K + j / group_channels;
-  };
-  accumulate_tiled<T>(shape, magnitude_of_statistic(square), pack_delta, pack_x, entry, prepare);
+  const auto omega_row = [=](int64_t group, int64_t o) { return out + (group * group_outputs + o) * columns; };
+  accumulate_tiled<T>(shape, magnitude_of_statistic(square), pack_delta, pack_x, omega_row,
+                      K == 1 ? nullptr : omega_offset.data(), prepare);
 }
 
 template <class T>
@@ -163,7 +163,7 @@ void run_depthwise(Tensor& omega, const Geometry& g, const Tensor& delta, const 
   const int64_t step = std::min<int64_t>(C, 64 / int64_t(sizeof(T)));
   for (int64_t n = 0; n < delta.size(0); ++n) {
     copy_padded(g, x, n, images.get());
-    kernel.transpose(input_type(delta), {delta_matrix(g, delta, n, 0).data, delta.stride(1), delta.stride(delta.dim() - 1)}, C,
+    kernel.transpose(input_type(delta), {delta_matrix(delta, n, 0).data, delta.stride(1), delta.stride(delta.dim() - 1)}, C,
                      P, deltas.get(), C);
     torch::stable::parallel_for(0, ceil_div(C, step), 1, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin * step; c < std::min(end * step, C); c += step) {

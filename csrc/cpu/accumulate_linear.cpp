@@ -27,8 +27,9 @@ void run(Tensor& omega, const Tensor& delta, const Tensor& x, bool square) {
     };
   };
   T* const out = static_cast<T*>(omega.mutable_data_ptr());
-  const auto entry = [out, columns](int64_t, int64_t o, int64_t i) { return out + o * columns + i; };
-  accumulate_tiled<T>(shape, of_products, pack(delta, outputs), pack(x, columns), entry, [](int64_t, int64_t) {});
+  const auto omega_row = [out, columns](int64_t, int64_t o) { return out + o * columns; };
+  accumulate_tiled<T>(shape, of_products, pack(delta, outputs), pack(x, columns), omega_row, nullptr,
+                      [](int64_t, int64_t) {});
 }
 
 void accumulate_linear_(Tensor omega, const Tensor grad_output, const Tensor input, bool square) {

@@ -32,6 +32,9 @@ struct Kernels {
   // dst[r, c] = magnitude(src[r, c]) for c < columns, 0 for columns <= c < width. dst is dense, [rows, width].
   void (*pack)(Input type, Matrix src, int64_t rows, int64_t columns, int64_t width, Magnitude magnitude, T* dst);
 
+  // dst[r, c] = x[base[r] + offset[c]] for c < columns, 0 for columns <= c < tile_columns. dst is [rows, tile_columns].
+  void (*pick)(const T* x, const int64_t* base, int64_t rows, const int64_t* offset, int64_t columns, T* dst);
+
   // tile[o, i] += Σ_n magnitude(Σ_t delta[n, t, o] x[n, t, i]); panels are packed, tile is [tile_rows, tile_columns].
   void (*tile)(const T* delta, const T* x, int64_t samples, int64_t rows, Magnitude magnitude, T* tile);
 

@@ -74,7 +74,7 @@ inline void store(T* p, Vector<T> v) {
 }
 template <class T>
 inline Vector<T> broadcast(T value) {
-  return Vector<T>{} + value;
+  return value - Vector<T>{};  // x − 0 is x, and costs nothing; 0 + x is not, for x = −0
 }
 template <class T>
 inline T lane_sum(Vector<T> v) {
@@ -116,22 +116,68 @@ inline void with_input(Input type, F f) {
   }
 }
 
-template <class T>
+// A full panel: the width is known to the compiler, so a row is a few vector moves.
+template <class T, class In, Magnitude M, int64_t WIDTH>
+void pack_full(const In* __restrict data, int64_t row_stride, int64_t rows, T* __restrict dst) {
+  for (int64_t r = 0; r < rows; ++r, data += row_stride, dst += WIDTH) {
+    for (int64_t c = 0; c < WIDTH; ++c) dst[c] = magnitude_of<M>(T(data[c]));
+  }
+}
+
+// The same where the entries of a column are contiguous.
+template <class T, class In, Magnitude M, int64_t WIDTH>
+void pack_turned(const In* __restrict data, int64_t column_stride, int64_t rows, T* __restrict dst) {
+  for (int64_t r = 0; r < rows; ++r, ++data, dst += WIDTH) {
+    for (int64_t c = 0; c < WIDTH; ++c) dst[c] = magnitude_of<M>(T(data[c * column_stride]));
+  }
+}
+
+template <class T, int64_t MR, int64_t NR>
 void pack(Input type, Matrix src, int64_t rows, int64_t columns, int64_t width, Magnitude m, T* dst) {
   with_input<T>(type, [&]<class In>() {
     with_magnitude(m, [&]<Magnitude M>() {
       const In* data = static_cast<const In*>(src.data);
+      if (columns == MR && width == MR && src.column_stride == 1) {
+        return pack_full<T, In, M, MR>(data, src.row_stride, rows, dst);
+      }
+      if (columns == NR && width == NR && src.column_stride == 1) {
+        return pack_full<T, In, M, NR>(data, src.row_stride, rows, dst);
+      }
+      if (columns == MR && width == MR && src.row_stride == 1) {
+        return pack_turned<T, In, M, MR>(data, src.column_stride, rows, dst);
+      }
       for (int64_t r = 0; r < rows; ++r, dst += width) {
         const In* row = data + r * src.row_stride;
         int64_t c = 0;
-        if (src.column_stride == 1) {
-          for (; c + kWidth<T> <= columns; c += kWidth<T>) store<T>(dst + c, magnitude<M, T>(load<T>(row + c)));
-        }
         for (; c < columns; ++c) dst[c] = magnitude_of<M>(T(row[c * src.column_stride]));
         for (; c < width; ++c) dst[c] = 0;
       }
     });
   });
+}
+
+// dst[r, c] = x[base[r] + offset[c]], in vectors where the offsets of a vector's columns follow each other.
+template <class T, int NV>
+void pick(const T* __restrict x, const int64_t* base, int64_t rows, const int64_t* offset, int64_t columns, T* __restrict dst) {
+  constexpr int64_t W = kWidth<T>;
+  for (int v = 0; v < NV; ++v) {
+    const int64_t* own = offset + v * W;
+    const int64_t count = columns - v * W < W ? (columns - v * W < 0 ? 0 : columns - v * W) : W;
+    bool run = count == W;
+    for (int64_t c = 1; c < count; ++c) run = run && own[c] == own[0] + c;
+    T* to = dst + v * W;
+    if (run) {
+      const T* from = x + own[0];
+      for (int64_t r = 0; r < rows; ++r) store<T>(to + r * NV * W, load<T>(from + base[r]));
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* from = x + base[r];
+        T* row = to + r * NV * W;
+        for (int64_t c = 0; c < count; ++c) row[c] = from[own[c]];
+        for (int64_t c = count; c < W; ++c) row[c] = 0;
+      }
+    }
+  }
 }
 
 // MR × NV accumulators stay in registers over a sample's rows; its |·| is added to the tile, which stays in L1.
@@ -173,29 +219,68 @@ void fold(const T* from, int64_t count, Magnitude m, T* into) {
   });
 }
 
+// Interleaves the low, or the high, halves of two vectors.
+template <class T, bool HIGH>
+inline Vector<T> zip(Vector<T> a, Vector<T> b) {
+  constexpr int W = kWidth<T>, H = HIGH ? W / 2 : 0;
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  if constexpr (W == 16) {
+    return __builtin_shufflevector(a, b, H, H + W, H + 1, H + 1 + W, H + 2, H + 2 + W, H + 3, H + 3 + W, H + 4, H + 4 + W,
+                                   H + 5, H + 5 + W, H + 6, H + 6 + W, H + 7, H + 7 + W);
+  } else if constexpr (W == 8) {
+    return __builtin_shufflevector(a, b, H, H + W, H + 1, H + 1 + W, H + 2, H + 2 + W, H + 3, H + 3 + W);
+  } else if constexpr (W == 4) {
+    return __builtin_shufflevector(a, b, H, H + W, H + 1, H + 1 + W);
+  } else {
+    return __builtin_shufflevector(a, b, H, H + W);
+  }
+#else
+  Vector<T> zipped;
+  for (int i = 0; i < W / 2; ++i) {
+    zipped[2 * i] = a[H + i];
+    zipped[2 * i + 1] = b[H + i];
+  }
+  return zipped;
+#endif
+}
+
+// W × W entries change rows and columns in registers: log2(W) rounds of interleaving row i with row i + W/2.
+template <class T, class In>
+inline void transpose_block(const In* src, int64_t src_stride, T* dst, int64_t dst_stride) {
+  constexpr int W = kWidth<T>;
+  Vector<T> row[W], next[W];
+  for (int i = 0; i < W; ++i) row[i] = load<T>(src + i * src_stride);
+  for (int round = 1; round < W; round *= 2) {
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = zip<T, false>(row[i], row[i + W / 2]);
+      next[2 * i + 1] = zip<T, true>(row[i], row[i + W / 2]);
+    }
+    for (int i = 0; i < W; ++i) row[i] = next[i];
+  }
+  for (int i = 0; i < W; ++i) store<T>(dst + i * dst_stride, row[i]);
+}
+
 template <class T>
 void transpose(Input type, Matrix src, int64_t channels, int64_t positions, T* dst, int64_t dst_stride) {
+  constexpr int64_t W = kWidth<T>;
   with_input<T>(type, [&]<class In>() {
     const In* data = static_cast<const In*>(src.data);
-    if (src.row_stride == 1) {
-      for (int64_t s = 0; s < positions; ++s) {
-        for (int64_t c = 0; c < channels; ++c) dst[s * dst_stride + c] = T(data[s * src.column_stride + c]);
-      }
-      return;
-    }
-    // Blocks of B × B are read and written in whole cache lines while they stay in L1.
-    constexpr int64_t B = 16;
-    for (int64_t c0 = 0; c0 < channels; c0 += B) {
-      const int64_t c1 = c0 + B < channels ? c0 + B : channels;
-      for (int64_t s0 = 0; s0 < positions; s0 += B) {
-        const int64_t s1 = s0 + B < positions ? s0 + B : positions;
-        for (int64_t s = s0; s < s1; ++s) {
-          for (int64_t c = c0; c < c1; ++c) {
-            dst[s * dst_stride + c] = T(data[c * src.row_stride + s * src.column_stride]);
-          }
+    const auto copy = [&](int64_t c_begin, int64_t c_end, int64_t s_begin, int64_t s_end) {
+      for (int64_t s = s_begin; s < s_end; ++s) {
+        for (int64_t c = c_begin; c < c_end; ++c) {
+          dst[s * dst_stride + c] = T(data[c * src.row_stride + s * src.column_stride]);
         }
       }
+    };
+    if (src.column_stride != 1) return copy(0, channels, 0, positions);
+    const int64_t whole_c = channels / W * W, whole_s = positions / W * W;
+    for (int64_t s = 0; s < whole_s; s += W) {
+      for (int64_t c = 0; c < whole_c; c += W) {
+        transpose_block(data + c * src.row_stride + s, src.row_stride, dst + s * dst_stride + c, dst_stride);
+      }
+      copy(whole_c, channels, s, s + W);
     }
+    copy(0, channels, whole_s, positions);
   });
 }
 
@@ -381,8 +466,9 @@ void gather(Input type, Matrix rows, const int64_t* index, int64_t count, int64_
 
 template <class T, int MR, int NV>
 constexpr Kernels<T> kernels_of() {
-  return {MR,           NV * kWidth<T>, pack<T>,   tile<T, MR, NV>, fold<T>,
-          transpose<T>, depthwise<T>,   affine<T>, gather<T>};
+  constexpr int NR = NV * kWidth<T>;
+  return {MR,      NR,           pack<T, MR, NR>, pick<T, NV>, tile<T, MR, NV>,
+          fold<T>, transpose<T>, depthwise<T>,    affine<T>,   gather<T>};
 }
 
 // MR × NV accumulators, NV columns and a broadcast must fit the registers: 16 of them, or 32 with AVX-512.

@@ -27,11 +27,12 @@ struct TiledShape {
 };
 
 // pack_delta(group, sample, row, rows, output, width, dst) and pack_x(group, sample, row, rows, column, width, dst) write
-// packed rows of one sample, zero beyond the group's edge; entry(group, output, column) is the address of an entry of Ω;
-// prepare(sample, samples) is called, on one thread, before a chunk of samples.
-template <class T, class PackDelta, class PackX, class Entry, class Prepare>
+// packed rows of one sample, zero beyond the group's edge; omega_row(group, output) is the address of a row of Ω, whose
+// columns stand at column_offset[column], or side by side if that is null; prepare(sample, samples) is called, on one
+// thread, before a chunk of samples.
+template <class T, class PackDelta, class PackX, class OmegaRow, class Prepare>
 void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDelta& pack_delta, const PackX& pack_x,
-                      const Entry& entry, const Prepare& prepare) {
+                      const OmegaRow& omega_row, const int64_t* column_offset, const Prepare& prepare) {
   const Kernels<T>& kernel = kernels_for<T>();
   const int64_t MR = kernel.tile_rows, NR = kernel.tile_columns;
   const int64_t output_panels = ceil_div(shape.outputs, MR), column_panels = ceil_div(shape.columns, NR);
@@ -93,7 +94,12 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
         const int64_t columns = std::min(NR, shape.columns - panel * NR);
         for (int64_t o = o_begin * MR; o < std::min(o_end * MR, shape.outputs); ++o) {
           const T* row = totals.get() + (o - o_begin * MR) * NR;
-          for (int64_t c = 0; c < columns; ++c) *entry(group, o, panel * NR + c) += row[c];
+          T* const out = omega_row(group, o);
+          if (column_offset) {
+            for (int64_t c = 0; c < columns; ++c) out[column_offset[panel * NR + c]] += row[c];
+          } else {
+            kernel.fold(row, columns, Magnitude::kPlain, out + panel * NR);
+          }
         }
       }
     });

@@ -10,7 +10,7 @@ class Settings:
     """How every method trains; only MAS reads ``lam``.
 
     ``lr`` and ``lam`` are what ``python -m mas_fast.demo.choose`` chose. It holds out a quarter of the training images,
-    uses seeds that the demo does not (100 to 104) and never sees a test image. ``lr`` is the one of 0.03, 0.1 and 0.3
+    uses ten seeds that the demo does not (100 to 109) and never sees a test image. ``lr`` is the one of 0.03, 0.1 and 0.3
     at which joint training was most accurate, so that neither fine-tuning nor MAS had a say in it; ``lam`` is then the
     one at which MAS was most accurate after the last task.
 
