@@ -19,8 +19,8 @@ from benchmarks.methods import METHODS
 MIB = 2**20
 # The first batch meets every one-time cost, the others what the first leaves behind; more of them add data, not peaks.
 MAX_BATCHES = 3
-# By default glibc keeps freed blocks of up to 32 MiB, depending on their order: resident memory then moves by tens of MiB
-# between equal runs, and what making the model left behind hides the pass. With a fixed threshold they go back.
+# By default glibc keeps freed blocks of up to 32 MiB, depending on their order: resident memory then moves by tens of
+# MiB between equal runs, and what making the model left behind hides the pass. With a fixed threshold they go back.
 RETURN_FREED_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
 
 

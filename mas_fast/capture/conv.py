@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mas_fast.capture.binding import Binding, Delta, rule
 from mas_fast.kernels import ops
+from mas_fast.reference import magnitude
 
 
 def _accumulate(
@@ -23,19 +24,39 @@ def _accumulate(
     groups: int,
 ) -> None:
     axes = len(stride)
-    grad_output = delta.split(delta.value)  # [N, O, *out], or [N, m, O, *out] with m images of one sample
+
+    def images(t: Tensor) -> Tensor:
+        """Bring a tensor to [N, m, channels, *positions], with m images of one sample."""
+        split = delta.split(t)
+        return split.unsqueeze(1) if split.dim() == axes + 2 else split
+
+    grad_output = images(delta.value)
     if "weight" in omega:
-        weight, x = omega["weight"], delta.split(saved[0])
-        if grad_output.dim() == axes + 3:
+        weight, x = omega["weight"], images(saved[0])
+        if grad_output.shape[1] == 1:
+            grad_output_, x = grad_output.squeeze(1), x.squeeze(1)
+            ops.accumulate_conv_(weight, grad_output_, x, stride, padding, dilation, groups, square)
+        elif axes < 3:
             # The images of one sample become one more axis of length m, over which the kernel has length 1.
-            weight, x, images = weight.unsqueeze(2), x.transpose(1, 2), grad_output.transpose(1, 2)
-            stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
-            ops.accumulate_conv_(weight, images, x, stride, padding, dilation, groups, square)
+            ops.accumulate_conv_(
+                weight.unsqueeze(2),
+                grad_output.transpose(1, 2),
+                x.transpose(1, 2),
+                [1, *stride],
+                [0, *padding],
+                [1, *dilation],
+                groups,
+                square,
+            )
         else:
-            ops.accumulate_conv_(weight, grad_output, x, stride, padding, dilation, groups, square)
+            # There is no fourth axis: the ordinary weight gradient, one sample at a time.
+            options = (None, stride, padding, dilation, False, [0] * axes, groups, [False, True, False])
+            for delta_n, x_n in zip(grad_output, x, strict=True):
+                like = weight.to(delta_n.dtype)
+                gradient = torch.ops.aten.convolution_backward(delta_n, x_n.to(delta_n.dtype), like, *options)[1]
+                weight += magnitude(gradient.to(weight.dtype), square)
     if "bias" in omega:
-        rows = grad_output.flatten(-axes)  # [N, O, S] or [N, m, O, S]
-        ops.accumulate_affine_(None, omega["bias"], rows if rows.dim() == 4 else rows.unsqueeze(1), square=square)
+        ops.accumulate_affine_(None, omega["bias"], grad_output.flatten(3), square=square)
 
 
 def _sizes(value: int | Sequence[int], axes: int) -> list[int]:
@@ -65,9 +86,7 @@ def _bind(
             padding = 0
         else:
             padding = [total // 2 for total in totals]
-    batched = input.dim() == axes + 2
-    # Several images of one sample take one more axis, and the op has no fourth. Without a batch there is one sample.
-    leading = 1 if batched else 0
+    leading = 1 if input.dim() == axes + 2 else 0  # without a batch axis there is one sample
     return Binding(
         rule=f"conv{axes}d",
         roles={"weight": weight, "bias": bias},

@@ -142,8 +142,9 @@ class _Forward(TorchFunctionMode):
             values = objectives()
         self._check(values, versions)
         self.samples = len(values)
-        self._find_unseen(values)
-        self._find_reuse()
+        if not self.again:
+            self._find_unseen(values)
+            self._find_reuse()
         if self.again:
             self.left = self.pending
             return self.samples
@@ -343,7 +344,8 @@ class _Forward(TorchFunctionMode):
         """Run a backward to the taps and no further: no parameter's gradient is formed."""
         self.phase = phase
         try:
-            torch.autograd.grad(values, self.token, seed, retain_graph=phase is not _Phase.ADD, allow_unused=True)
+            # Without grad_outputs, for which torch imports 480 modules of its symbolic shapes.
+            torch.autograd.grad((values * seed).sum(), self.token, retain_graph=phase is not _Phase.ADD, allow_unused=True)
         finally:
             self.phase = _Phase.IDLE
 
@@ -353,9 +355,7 @@ class _Forward(TorchFunctionMode):
         self.phase = _Phase.LOOP
         try:
             for sample in range(self.samples):
-                seed = torch.zeros_like(values)
-                seed[sample] = 1
-                gradients = torch.autograd.grad(values, parameters, seed, retain_graph=True, allow_unused=True)
+                gradients = torch.autograd.grad(values[sample], parameters, retain_graph=True, allow_unused=True)
                 for name, gradient in zip(names, gradients, strict=True):
                     if gradient is not None:
                         total = capture.sums[name]

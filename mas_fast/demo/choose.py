@@ -13,7 +13,7 @@ from mas_fast.demo.train import METHODS, DivergenceError, single_thread
 
 SEEDS = range(100, 110)
 LEARNING_RATES = (0.03, 0.1, 0.3)
-LAMS = (0.001, 0.003, 0.01, 0.03, 0.1)
+LAMS = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import math
 import sys
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"folder to write {JSON_NAME} and {PLOT_NAME} to (default: %(default)s)",
     )
     parser.add_argument("--seeds", type=_count, metavar="K", help=f"run the seeds 0 to K-1 (default: {SEEDS})")
-    parser.add_argument("--lam", type=_weight, metavar="LAM", help="λ, the weight of the penalty (default: 0.03)")
+    parser.add_argument("--lam", type=_weight, metavar="LAM", help="weight of the MAS penalty (default: 0.1)")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -52,6 +53,9 @@ def main(args: argparse.Namespace) -> int:
         needed = " and ".join(missing).replace("sklearn", "scikit-learn")
         return _fail(f'the demo needs {needed}, which cannot be found: pip install "mas_fast[demo]"', 1)
 
+    # A terminal without λ or ± should show a question mark there and not stop the run.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     # Only now: these need the packages that were just looked for.
     from mas_fast.demo.files import OutputError, prepare_folder
     from mas_fast.demo.train import DivergenceError, single_thread
@@ -65,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     except DivergenceError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted: nothing was written", 130)
+        return _fail("interrupted: the results were not written", 130)
     return 0
 
 
@@ -92,6 +96,8 @@ def _run(args: argparse.Namespace) -> None:
     outcome = result.build_result(tasks, settings, seeds, runs, cost)
     outcome["conclusion"] = report.conclude(outcome)
     outcome["seconds"] = time.perf_counter() - start
+    # Printed first: whatever happens to the files, the numbers are not lost.
+    print(f"\n{report.format_tables(outcome)}\n", flush=True)
     text = json.dumps(outcome, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     write_together(
         args.out,
@@ -101,7 +107,6 @@ def _run(args: argparse.Namespace) -> None:
         },
     )
     seconds = time.perf_counter() - start
-    print(f"\n{report.format_tables(outcome)}\n")
     print(f"{args.out / JSON_NAME} and {args.out / PLOT_NAME} written after {seconds:.0f} s\n")
     print(outcome["conclusion"])
 

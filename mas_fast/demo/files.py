@@ -39,6 +39,9 @@ def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]
     Args:
         folder: Where to.
         writers: File name -> callable that writes the file to the path it is given.
+
+    Raises:
+        OutputError: The operating system refused, for example because the disk is full.
     """
     staged: dict[Path, Path] = {}
     try:
@@ -49,6 +52,8 @@ def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]
             writer(temporary)
         for temporary, path in staged.items():
             os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"the results must fit into {str(folder)!r}, got: {error}") from error
     finally:
         for temporary in staged:
             with contextlib.suppress(FileNotFoundError):

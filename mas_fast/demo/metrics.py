@@ -44,3 +44,15 @@ def mean_and_error(values: Sequence[float]) -> dict[str, float | None]:
     """Return the mean and its standard error s/√K over K seeds; one seed has no standard error."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "standard_error": error}
+
+
+def interval_95(values: Sequence[float]) -> list[float] | None:
+    """Return the 95 % confidence interval of the mean by Student's t, or None for one value."""
+    from scipy.stats import t
+
+    summary = mean_and_error(values)
+    mean, error = summary["mean"], summary["standard_error"]
+    if mean is None or error is None:
+        return None
+    reach = float(t.ppf(0.975, len(values) - 1)) * error
+    return [mean - reach, mean + reach]

@@ -6,24 +6,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LAYERS = ("conv1", "conv2", "linear", "heads")
+LAYERS = ("conv1", "conv2", "conv3", "linear", "heads")
 
 
 class DigitNet(nn.Module):
-    """Two convolutions and a linear layer, then the head of the task asked for."""
+    """Three convolutions and a linear layer, then the head of the task asked for."""
 
     def __init__(self, num_tasks: int) -> None:
         """Create the trunk and ``num_tasks`` heads of two classes each."""
         super().__init__()
         self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
         self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
-        self.linear = nn.Linear(32 * 4 * 4, 64)
+        self.conv3 = nn.Conv2d(32, 32, 3, stride=2, padding=1)
+        self.linear = nn.Linear(32 * 2 * 2, 64)
         self.heads = nn.ModuleList(nn.Linear(64, 2) for _ in range(num_tasks))
 
     def forward(self, images: Tensor, task: int) -> Tensor:
         """Return the logits of one task's head: [N, 1, 8, 8] -> [N, 2]."""
         features = F.relu(self.conv1(images))  # [N, 16, 8, 8]
         features = F.relu(self.conv2(features))  # [N, 32, 4, 4]
+        features = F.relu(self.conv3(features))  # [N, 32, 2, 2]
         features = F.relu(self.linear(features.flatten(1)))  # [N, 64]
         return self.heads[task](features)
 

@@ -18,7 +18,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "fine-tuning": {"color": "#D55E00", "marker": "^", "linestyle": "-"},
 }
 LABELS = {"joint": "joint training (ceiling)", "MAS": "MAS", "fine-tuning": "fine-tuning"}
-GRID = {"color": "#DDDDDD", "linewidth": 0.8}
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -110,6 +109,6 @@ def _draw_importance(axes: Axes, result: Mapping[str, Any]) -> None:
 
 
 def _clean(axes: Axes) -> None:
-    axes.grid(axis="y", **GRID)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -30,26 +30,29 @@ def format_tables(result: Mapping[str, Any]) -> str:
 def conclude(result: Mapping[str, Any]) -> str:
     """Say in one sentence whether MAS forgot less than fine-tuning over the seeds.
 
-    "Less" is said only if the mean difference between the two on the same seed exceeds twice its standard error.
+    With more than one seed, "less" is said only if the 95 % interval of the difference on the same seed excludes 0.
     """
     seeds = len(result["seeds"])
-    over = f"over {seeds} seeds" if seeds > 1 else "with the one seed that was run"
     forgot = {name: _points(method["forgetting"]) for name, method in result["methods"].items()}
-    figures = f"{forgot['MAS']} points against {forgot['fine-tuning']} (joint training: {forgot['joint']})"
     avoided = result["forgetting_avoided"]
-    mean, error = avoided["mean"], avoided["standard_error"]
-    if mean <= 0:
-        verdict, addition = "did not forget less than fine-tuning", ""
-    elif error is None:
-        verdict, addition = "forgot less than fine-tuning", ", which says nothing about other seeds"
-    elif mean <= 2 * error:
-        verdict = "was not shown to forget less than fine-tuning"
-        addition = f"; the difference of {_points(avoided)} points is within twice its standard error"
-    else:
+    sentence = (
+        f"over {seeds} seed{'s' if seeds > 1 else ''}: {forgot['MAS']} points against {forgot['fine-tuning']} "
+        f"(joint training: {forgot['joint']})"
+    )
+    if seeds > 1:
+        low, high = (100 * bound for bound in avoided["interval_95"])
         fewer = sum(difference > 0 for difference in avoided["per_seed"])
+        sentence += (
+            f"; the difference is {100 * avoided['mean']:.1f} points, 95 % interval {low:.1f} to {high:.1f}, "
+            f"and MAS forgot less on {fewer} of {seeds} seeds"
+        )
+    if avoided["mean"] <= 0:
+        verdict = "did not forget less than fine-tuning"
+    elif seeds > 1 and avoided["interval_95"][0] <= 0:
+        verdict = "was not shown to forget less than fine-tuning"
+    else:
         verdict = "forgot less than fine-tuning"
-        addition = f"; the difference is {_points(avoided)} points, and it is positive for {fewer} of the {seeds} seeds"
-    return f"MAS (λ = {result['settings']['lam']:g}) {verdict} {over}: {figures}{addition}."
+    return f"MAS (λ = {result['settings']['lam']:g}) {verdict} {sentence}."
 
 
 def _format_matrix(name: str, result: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ def build_result(
     """
     methods = {name: _summarize([run.accuracy for run in method_runs]) for name, method_runs in runs.items()}
     fine_tuning, mas = (methods[name]["forgetting"]["per_seed"] for name in ("fine-tuning", "MAS"))
+    avoided = [without - with_mas for without, with_mas in zip(fine_tuning, mas, strict=True)]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": _versions(),
@@ -47,7 +48,7 @@ def build_result(
             {"name": task.name, "train": len(task.train_images), "test": len(task.test_images)} for task in tasks
         ],
         "methods": methods,
-        "forgetting_avoided": _over_seeds([a - b for a, b in zip(fine_tuning, mas, strict=True)]),
+        "forgetting_avoided": _over_seeds(avoided) | {"interval_95": metrics.interval_95(avoided)},
         "importance": _summarize_importance(runs["MAS"]),
         "cost": dict(cost),
     }

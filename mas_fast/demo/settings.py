@@ -21,7 +21,7 @@ class Settings:
         batch_size: Images of one task in a step.
     """
 
-    lam: float = 0.03
+    lam: float = 0.1
     lr: float = 0.1
     epochs: int = 20
-    batch_size: int = 32
+    batch_size: int = 16

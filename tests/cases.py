@@ -1,0 +1,373 @@
+"""Models for the tests: what a direct rule must be exact for, and what must go through the loop and say so."""
+
+import math
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels, out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != out:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        y += self.shortcut(x)
+        return self.relu(y)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, k, v = (z.view(n, t, self.heads, -1).transpose(1, 2) for z in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(n, t, -1))
+
+
+class TransformerLM(nn.Module):
+    def __init__(self, vocabulary=29, width=16, layers=2, length=9, positions="arange"):
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width, padding_idx=0)
+        self.positions = nn.Embedding(length + 3, width)
+        self.kind = positions
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm1": nn.LayerNorm(width),
+                    "attention": Attention(width, 2),
+                    "norm2": nn.LayerNorm(width),
+                    "up": nn.Linear(width, 4 * width),
+                    "down": nn.Linear(4 * width, width),
+                }
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, ids):
+        n, t = ids.shape
+        places = torch.arange(t)
+        if self.kind == "broadcast":
+            places = places[None]
+        elif self.kind == "expanded":
+            places = places.expand(n, t)
+        elif self.kind == "reversed":
+            places = places.flip(0)
+        x = self.positions.weight[:t] if self.kind == "slice" else self.positions(places)
+        x = self.tokens(ids) + x
+        for block in self.blocks:
+            x = x + block["attention"](block["norm1"](x))
+            x = x + block["down"](F.gelu(block["up"](block["norm2"](x))))
+        return self.head(self.norm(x))
+
+
+class Lambda(nn.Module):
+    """A model of a few parameters and one expression, given as a function of the module and the batch."""
+
+    def __init__(self, function, **parameters):
+        super().__init__()
+        self.function = function
+        for name, value in parameters.items():
+            if isinstance(value, nn.Module):
+                self.add_module(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def images(n=5, channels=3, size=9):
+    return torch.randn(n, channels, size, size)
+
+
+def convnet():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3, groups=8, padding="same"),  # depthwise
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 12, 3, groups=4, padding=1, stride=2),
+        nn.LeakyReLU(0.1, inplace=True),
+        nn.Conv2d(12, 40, 3, dilation=2, padding=2),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(160, 5),
+    )
+
+
+def resnet():
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        ResidualBlock(8, 8, 1),
+        ResidualBlock(8, 12, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    return model
+
+
+def padded(mode, axes):
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    return nn.Sequential(conv(2, 4, 3, padding=2, padding_mode=mode), nn.Tanh(), conv(4, 3, 2, stride=2), nn.Flatten(1))
+
+
+def norms():
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False),
+        nn.GroupNorm(3, 6),
+        nn.Tanh(),  # without it the instance norm would cancel the bias before it: a gradient of rounding errors
+        nn.Conv2d(6, 6, 1, bias=False),
+        nn.InstanceNorm2d(6, affine=True),
+        nn.Tanh(),
+        nn.LayerNorm([6, 7, 7]),
+        nn.Flatten(2),
+        nn.RMSNorm(49, eps=1e-5),
+        nn.BatchNorm1d(6),
+        nn.Linear(49, 3),
+    )
+
+
+def hf_conv1d(self, x):
+    """GPT-2's layer: addmm over flattened tokens, so samples are folded into the first axis."""
+    h = self.tokens(x)
+    h = torch.addmm(self.b, h.view(-1, h.shape[-1]), self.w).view(*h.shape[:2], -1)
+    return (h * torch.sigmoid(h)) @ self.v
+
+
+def broadcasts(self, x):
+    x = x + self.shift - self.minus
+    x = self.scale * x / self.divisor
+    x = torch.mul(x, self.row) + torch.rsub(self.column, x)
+    x = self.over / (2 + x.square())
+    x *= self.inplace
+    x += self.late
+    return x * self.scalar
+
+
+def token(self, x):
+    x = torch.cat([self.cls.expand(len(x), -1, -1), self.register.repeat(len(x), 1, 1), x @ self.embed], 1)
+    return (x + self.positions)[:, 0] @ self.head.T
+
+
+def packed(self, x):
+    """One packed weight, used through disjoint chunks and views."""
+    q, k, v = self.in_proj.chunk(3)
+    bq, bk, bv = self.in_bias.view(3, -1)
+    scores = F.linear(x, q, bq) @ F.linear(x, k, bk).mT
+    return scores.softmax(-1) @ F.linear(x, v, bv)
+
+
+def time_first(self, x):
+    """[N, T, C] in, but all layers see [T, N, C]."""
+    h = self.inner(x.transpose(0, 1))
+    return self.out(torch.tanh(h + self.bias)).transpose(0, 1).flatten(1)
+
+
+def folded(self, x, inner=False):
+    """Windows folded into the batch, sample index outer or inner."""
+    n, t, c = x.shape
+    windows = x.transpose(0, 1).reshape(t * n, c) if inner else x.reshape(n * t, c)
+    h = torch.tanh(self.norm(self.linear(windows)))
+    return (h.view(t, n, -1).transpose(0, 1) if inner else h.view(n, t, -1)).flatten(1)
+
+
+def frames(self, x):
+    n, t = x.shape[:2]
+    h = torch.tanh(self.norm(self.conv(x.flatten(0, 1))))
+    return self.head(h.unflatten(0, (n, t)).mean((1, 3, 4)))
+
+
+def _d(width, *shape):
+    return torch.randn(*shape, width) / math.sqrt(width)
+
+
+# name -> builder of (model, batch); every parameter must be served by a rule
+DIRECT = {
+    "mlp": lambda: (nn.Sequential(nn.Linear(7, 9), nn.ReLU(True), nn.Linear(9, 3)), torch.randn(6, 7)),
+    "mlp_no_bias_wide": lambda: (nn.Sequential(nn.Linear(40, 70, bias=False), nn.Tanh(), nn.Linear(70, 33)), torch.randn(6, 40)),
+    "convnet": lambda: (convnet(), images()),
+    "resnet": lambda: (resnet(), images()),
+    "norms": lambda: (norms(), images()),
+    "transformer": lambda: (TransformerLM(), torch.randint(0, 29, (7, 9))),
+    "transformer_t_equals_n": lambda: (TransformerLM(), torch.randint(0, 29, (9, 9))),
+    "transformer_broadcast_positions": lambda: (TransformerLM(positions="broadcast"), torch.randint(0, 29, (7, 9))),
+    "transformer_expanded_positions": lambda: (TransformerLM(positions="expanded"), torch.randint(0, 29, (7, 9))),
+    "transformer_reversed_positions": lambda: (TransformerLM(positions="reversed"), torch.randint(0, 29, (7, 9))),
+    "transformer_sliced_positions": lambda: (TransformerLM(positions="slice"), torch.randint(0, 29, (7, 9))),
+    **{
+        f"conv{axes}d_{mode}": lambda axes=axes, mode=mode: (padded(mode, axes), torch.randn(4, 2, *[6] * axes))
+        for axes in (1, 2, 3)
+        for mode in ("zeros", "reflect", "replicate", "circular")
+    },
+    "conv_same_even_kernel": lambda: (nn.Sequential(nn.Conv2d(3, 4, (2, 4), padding="same", dilation=(1, 3))), images()),
+    "gpt2_addmm": lambda: (
+        Lambda(hf_conv1d, tokens=nn.Embedding(11, 6), w=_d(8, 6), b=torch.randn(8), v=_d(5, 8)),
+        torch.randint(0, 11, (4, 5)),
+    ),
+    "broadcasts": lambda: (
+        Lambda(
+            broadcasts,
+            shift=torch.randn(6),
+            minus=torch.randn(4, 1),
+            scale=torch.randn(1, 4, 6),
+            divisor=torch.rand(6) + 1,
+            row=torch.randn(1, 6),
+            column=torch.randn(4, 1),
+            over=torch.randn(6),
+            inplace=torch.randn(4, 6),
+            late=torch.randn(6),
+            scalar=torch.randn(()),
+        ),
+        torch.randn(5, 4, 6),
+    ),
+    "interleaved_broadcast": lambda: (Lambda(lambda m, x: x * m.w, w=torch.randn(3, 1, 4)), torch.randn(6, 3, 5, 4)),
+    "token": lambda: (
+        Lambda(
+            token,
+            cls=_d(8, 1, 1),
+            register=_d(8, 1, 2),
+            embed=_d(8, 5),
+            positions=_d(8, 1, 7),
+            head=_d(8, 3),
+        ),
+        torch.randn(6, 4, 5),
+    ),
+    "packed_projection": lambda: (
+        Lambda(packed, in_proj=_d(8, 24), in_bias=torch.randn(24)),
+        torch.randn(5, 4, 8),
+    ),
+    "time_first": lambda: (
+        Lambda(time_first, inner=nn.Linear(5, 8), bias=torch.randn(8), out=nn.Linear(8, 2)),
+        torch.randn(6, 4, 5),
+    ),
+    "time_first_t_equals_n": lambda: (
+        Lambda(time_first, inner=nn.Linear(5, 8), bias=torch.randn(8), out=nn.Linear(8, 2)),
+        torch.randn(4, 4, 5),
+    ),
+    "folded_outer": lambda: (Lambda(folded, linear=nn.Linear(5, 8), norm=nn.LayerNorm(8)), torch.randn(6, 4, 5)),
+    "folded_inner": lambda: (
+        Lambda(lambda m, x: folded(m, x, inner=True), linear=nn.Linear(5, 8), norm=nn.BatchNorm1d(8)),
+        torch.randn(6, 4, 5),
+    ),
+    "frames": lambda: (
+        Lambda(frames, conv=nn.Conv2d(3, 6, 3), norm=nn.GroupNorm(2, 6), head=nn.Linear(6, 2)),
+        torch.randn(4, 3, 3, 6, 6),
+    ),
+    "matmul_transposed_view": lambda: (Lambda(lambda m, x: torch.tanh(x @ m.w.T) @ m.v.mT, w=_d(5, 8), v=_d(8, 3)), torch.randn(6, 5)),
+    "shared_ids_gather": lambda: (
+        Lambda(lambda m, x: x + m.table[torch.tensor([3, 0, 2])], table=_d(5, 4)),
+        torch.randn(6, 3, 5),
+    ),
+    "one_dimensional_ids": lambda: (
+        Lambda(lambda m, x: m.head(torch.tanh(m.users(x))), users=nn.Embedding(9, 6), head=nn.Linear(6, 2)),
+        torch.tensor([3, 1, 4, 1, 5]),
+    ),
+    "consecutive_ids_are_samples": lambda: (
+        Lambda(lambda m, x: m.head(torch.tanh(m.users(x))), users=nn.Embedding(9, 6), head=nn.Linear(6, 2)),
+        torch.arange(2, 7),
+    ),
+    "scalar_output_per_sample": lambda: (nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)), torch.randn(6, 5)),
+}
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g * w, (g * x).sum(0)
+
+
+def tied(self, ids):
+    return torch.tanh(self.tokens(ids)) @ self.tokens.weight.T
+
+
+def shared(self, x):
+    return self.layer(torch.tanh(self.layer(x)))
+
+
+def unseen(self, x):
+    return self.head(Doubled.apply(x, self.w))
+
+
+def assigned(self, x):
+    h = self.linear(x).clone()
+    h[:, 0] = self.cls
+    return h
+
+
+def mixed_selection(self, x):
+    """Overlapping slices of one parameter: their gradients must be summed first."""
+    return F.linear(x, self.w[:4]) + F.linear(x, self.w[2:])
+
+
+# name -> builder of (model, batch, names of the parameters that must take the loop)
+LOOPED = {
+    "tied": lambda: (Lambda(tied, tokens=nn.Embedding(7, 5)), torch.randint(0, 7, (4, 3)), {"tokens.weight"}),
+    "shared": lambda: (Lambda(shared, layer=nn.Linear(5, 5)), torch.randn(6, 5), {"layer.weight", "layer.bias"}),
+    "custom_function": lambda: (Lambda(unseen, w=torch.randn(5), head=nn.Linear(5, 2)), torch.randn(6, 5), {"w"}),
+    "assignment": lambda: (Lambda(assigned, linear=nn.Linear(5, 3), cls=torch.randn(())), torch.randn(6, 5), {"cls"}),
+    "overlapping_slices": lambda: (Lambda(mixed_selection, w=_d(5, 6)), torch.randn(6, 5), {"w"}),
+    "scaled_weight": lambda: (Lambda(lambda m, x: x @ (0.5 * m.w), w=_d(4, 5)), torch.randn(6, 5), {"w"}),
+    "scaled_weight_square": lambda: (Lambda(lambda m, x: x @ (0.5 * m.w), w=_d(6, 6)), torch.randn(6, 6), {"w"}),
+    "exp_of_weight": lambda: (
+        Lambda(lambda m, x: m.head(x * m.log_scale.exp()), log_scale=torch.randn(5), head=nn.Linear(5, 2)),
+        torch.randn(6, 5),
+        {"log_scale"},
+    ),
+    "weight_on_the_left": lambda: (Lambda(lambda m, x: (m.w @ x.T).T, w=_d(5, 3)), torch.randn(6, 5), {"w"}),
+    "repeated_rows": lambda: (
+        Lambda(lambda m, x: x + m.table[torch.tensor([1, 1, 0])], table=_d(5, 2)),
+        torch.randn(6, 3, 5),
+        {"table"},
+    ),
+    "attention_module": lambda: (
+        Lambda(lambda m, x: m.attention(x, x, x)[0], attention=nn.MultiheadAttention(6, 2, batch_first=True)),
+        torch.randn(5, 4, 6),
+        {"attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight", "attention.out_proj.bias"},
+    ),
+    "lstm": lambda: (
+        Lambda(lambda m, x: m.lstm(x)[0][:, -1], lstm=nn.LSTM(4, 5, batch_first=True)),
+        torch.randn(4, 3, 4),
+        {"lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.bias_ih_l0", "lstm.bias_hh_l0"},
+    ),
+}
+
+
+def build(builder):
+    """Build a case from a fixed seed, in eval mode, in float64."""
+    torch.manual_seed(7)
+    model, batch, *rest = builder()
+    return model.double().eval(), batch.double() if batch.is_floating_point() else batch, *rest

@@ -1,0 +1,162 @@
+"""Exactness of the pass on whole models: against the float64 loop, for every batching and every order."""
+
+import pytest
+import torch
+from cases import DIRECT, LOOPED, build
+from compare import truth_of, worst_error
+from torch import nn
+
+import mas_fast
+from mas_fast import CaptureError, estimate_importance
+
+# torch says of even kernels with padding="same" that they may be slow.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_rules_are_exact_in_float64(name):
+    model, batch = build(DIRECT[name])
+    importance = estimate_importance(model, [batch], dtype=torch.float64)
+    assert worst_error(importance, truth_of(model, batch)) <= 1e-11
+    assert [row for row in importance.coverage if row.fallback] == []
+    assert all(row.uses >= 1 for row in importance.coverage)
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_squares_are_exact_in_float64(name):
+    model, batch = build(DIRECT[name])
+    importance = estimate_importance(model, [batch], dtype=torch.float64, statistic="square")
+    assert worst_error(importance, truth_of(model, batch, statistic="square")) <= 1e-11
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "resnet", "norms", "transformer", "token", "packed_projection"])
+def test_float32_is_within_rounding(name):
+    model, batch = build(DIRECT[name])
+    truth = truth_of(model, batch)
+    model, batch = model.float(), batch.float() if batch.is_floating_point() else batch
+    assert worst_error(estimate_importance(model, [batch]), truth) <= 1e-5
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_batching_and_order_do_not_matter(name):
+    model, batch = build(DIRECT[name])
+    whole = estimate_importance(model, [batch], dtype=torch.float64)
+    shuffled = batch[torch.randperm(len(batch), generator=torch.Generator().manual_seed(0))]
+    for data in (batch.split(1), batch.split(3), [shuffled], [batch, batch]):
+        other = estimate_importance(model, data, dtype=torch.float64)
+        assert worst_error(other, dict(whole)) <= 1e-11
+
+
+@pytest.mark.parametrize("name", LOOPED)
+def test_what_no_rule_covers_takes_the_loop_and_is_exact(name):
+    model, batch, looped = build(LOOPED[name])
+    for data in ([batch], batch.split(3)):
+        importance = estimate_importance(model, data, dtype=torch.float64)
+        assert worst_error(importance, truth_of(model, batch)) <= 1e-11
+    assert {row.name for row in importance.coverage if row.rule == "loop"} == looped
+    assert all(row.fallback for row in importance.coverage if row.rule == "loop")
+
+
+@pytest.mark.parametrize("name", LOOPED)
+def test_unsupported_raise_lists_every_parameter(name):
+    model, batch, looped = build(LOOPED[name])
+    with pytest.raises(CaptureError) as error:
+        estimate_importance(model, [batch], unsupported="raise")
+    assert all(parameter in str(error.value) for parameter in looped)
+
+
+def test_hand_computed():
+    # y = W x, ‖y‖² has the gradient 2 y xᵀ: for x = (1, 0), y = (1, 3); for x = (-1, 1), y = (1, 1).
+    model = nn.Linear(2, 2, bias=False)
+    model.weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    importance = estimate_importance(model, [torch.tensor([[1.0, 0.0], [-1.0, 1.0]])])
+    # (2·[[1, 0], [3, 0]] + 2·[[1, 1], [1, 1]]) / 2; a batch gradient would have cancelled the first column.
+    assert importance["weight"].tolist() == [[2.0, 1.0], [4.0, 1.0]]
+    assert importance.num_samples == 2
+
+
+def test_batch_gradient_is_something_else():
+    # |Σ_n g_n| can only be smaller than Σ_n |g_n|, and is where signs differ between samples.
+    model, batch = build(DIRECT["mlp"])
+    model(batch).square().sum().backward()
+    importance = estimate_importance(model, [batch], dtype=torch.float64)
+    for name, parameter in model.named_parameters():
+        batch_mode = parameter.grad.abs() / len(batch)
+        assert bool((batch_mode <= importance[name] * (1 + 1e-12)).all())
+    assert float(importance["0.weight"].sum()) > 1.2 * float(model[0].weight.grad.abs().sum() / len(batch))
+
+
+def test_bfloat16_model_accumulates_in_float32():
+    model, batch = build(DIRECT["mlp"])
+    truth = truth_of(model, batch)
+    importance = estimate_importance(model.bfloat16(), [batch.bfloat16()] * 300)
+    assert importance["0.weight"].dtype == torch.float32
+    # 300 equal batches: sums that were rounded to bfloat16 would have stopped growing.
+    assert worst_error(importance, truth) <= 0.05
+
+
+def test_partly_frozen_model():
+    model, batch = build(DIRECT["convnet"])
+    truth = truth_of(model, batch)
+    frozen = ("0.weight", "4.weight", "4.bias", "10.bias")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    importance = estimate_importance(model, [batch], dtype=torch.float64)
+    assert worst_error(importance, {name: t for name, t in truth.items() if name not in frozen}) <= 1e-11
+
+
+def test_unused_parameter_is_zero_and_said_to_be_unused():
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)})
+    importance = estimate_importance(model, [torch.randn(4, 3)], forward=lambda m, x: m["used"](x))
+    assert not importance["idle.weight"].any() and importance["used.weight"].any()
+    assert {row.name for row in importance.coverage if row.rule == "unused"} == {"idle.weight", "idle.bias"}
+
+
+def test_layer_called_by_some_batches_only():
+    # What a later batch brings up for the first time is proved then.
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}).double()
+    batches = [torch.randn(4, 3).double() for _ in range(4)]
+
+    def forward(m, x):
+        h = m["a"](x)
+        return m["b"](h.tanh()) if x is not batches[0] else h
+
+    importance = estimate_importance(model, batches, forward=forward, dtype=torch.float64)
+    truth = [mas_fast.reference.importance_loop(model, x, forward=lambda m, y, x=x: forward(m, x)) for x in batches]
+    mean = {name: torch.stack([row[name] for row in truth]).mean(0) for name in truth[0]}
+    assert worst_error(importance, mean) <= 1e-11
+
+
+def test_parameter_that_turns_out_to_be_reused_in_a_later_batch():
+    model = nn.Linear(3, 3).double()
+    batches = [torch.randn(4, 3).double() for _ in range(3)]
+
+    def forward(m, x):
+        return m(x) if x is batches[0] else m(m(x).tanh())
+
+    importance = estimate_importance(model, batches, forward=forward, dtype=torch.float64)
+    truth = [mas_fast.reference.importance_loop(model, x, forward=lambda m, y, x=x: forward(m, x)) for x in batches]
+    mean = {name: torch.stack([row[name] for row in truth]).mean(0) for name in truth[0]}
+    assert worst_error(importance, mean) <= 1e-11
+    assert {row.fallback for row in importance.coverage} == {"used 2 times in one forward"}
+
+
+def test_a_tensor_changed_after_its_use_is_an_error():
+    def forward(m, x):
+        h = m[0](x)
+        y = m[1](h)
+        h.zero_()
+        return y
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        estimate_importance(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), [torch.randn(4, 3)], forward=forward)
+
+
+def test_second_derivative_is_refused():
+    def forward(m, x):
+        x = x.requires_grad_()
+        (g,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+        return g
+
+    with pytest.raises(CaptureError, match="second derivatives"):
+        estimate_importance(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)), [torch.randn(4, 3)], forward=forward)
