@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mas_fast.capture.refuse import Refusing
 from mas_fast.capture.session import Capture
+from mas_fast.checks import DTYPES
 from mas_fast.coverage import Coverage
 from mas_fast.errors import CaptureError
 from mas_fast.importance import Importance
@@ -74,12 +77,13 @@ def estimate_importance(
         # An unknown name should not wait for the first batch.
         if isinstance(objective, str):
             sample_objective(objective, torch.zeros(1, 1))
+        independent = forward is not None
         for index, batch in enumerate(_with_progress(data, progress)):
             try:
                 batch = tree_map_only(Tensor, _normal, batch)
-                if forward is None and index == 0:
-                    _check_independence(session.model, batch, objective)
-                session.accumulate(lambda batch=batch: sample_objective(objective, run(session.model, batch)))  # type: ignore[misc]
+                objectives = partial(_objectives, session.model, batch, run, objective)
+                independent = independent or _check_independence(session.model, batch, objectives, objective)
+                session.accumulate(objectives)
             except (ValueError, TypeError, CaptureError, FloatingPointError) as error:
                 if type(error) not in (ValueError, TypeError, CaptureError, FloatingPointError):
                     raise
@@ -97,8 +101,8 @@ class Session(Capture):
     """
 
     def __init__(self, model: nn.Module, scope: str, selected: Mapping[str, nn.Parameter], **options: Any) -> None:
-        super().__init__(selected, **options)
-        self.model = model
+        super().__init__(selected, model=model, **options)
+        self.model: nn.Module = model
         self._scope = scope
 
     def importance(self, objective: str = "custom") -> Importance:
@@ -109,9 +113,16 @@ class Session(Capture):
 
         Raises:
             ValueError: No sample has been accumulated.
+            CaptureError: An error ended the capture in the middle of a batch, or no parameter ever took part.
         """
+        self.check_whole()
         if self.num_samples == 0:
             raise ValueError("importance must be of at least one sample, got none; call accumulate first")
+        if not self.fallback and not any(self.uses.values()):
+            raise CaptureError(
+                "objective must depend on the parameters, got none that took part in any forward; see that it does not run "
+                "under torch.no_grad or on other parameters than those selected"
+            )
         rows = [
             Coverage(
                 name,
@@ -173,8 +184,8 @@ def capture(
         raise NotImplementedError("scope='local' (l-MAS) does not exist yet in this version; use scope='global'")
     if scope != "global":
         raise ValueError(f"scope must be 'global' or 'local', got {scope!r}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating dtype, got {dtype}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     selected = _select_parameters(model, parameters)
     # Compiled code hides the calls that the rules know; the module inside computes the same.
     inner = getattr(model, "_orig_mod", model)
@@ -220,7 +231,8 @@ def _select_parameters(model: nn.Module, wanted: Parameters) -> dict[str, nn.Par
 @contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: (buffer._version, buffer.detach().clone()) for buffer in model.buffers()}
+    slots = {module: dict(module._buffers) for module in model.modules()}
+    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         model.eval()
@@ -230,8 +242,12 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
             for module, training in modes.items():
                 module.training = training
             with torch.no_grad():
-                for buffer, (version, value) in buffers.items():
-                    if buffer._version != version:
+                for module, own in slots.items():
+                    module._buffers.clear()
+                    module._buffers.update(own)
+                for buffer, value in buffers.items():
+                    # Not by version, which changes through .data do not raise.
+                    if not torch.equal(buffer, value):
                         buffer.copy_(value)
 
 
@@ -240,24 +256,65 @@ def _normal(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _check_independence(model: nn.Module, batch: Any, objective: Objective) -> None:
-    """Compare the first sample's objective alone with that in its batch; whoever mixes samples shows here."""
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+def _objectives(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any], objective: Objective) -> Tensor:
+    """Run the model on a batch; refuse one that changes its batch, for it may have to be run again."""
+    tensors = _tensors(batch)
+    versions = [tensor._version for tensor in tensors]
+    values = sample_objective(objective, run(model, batch))
+    if versions != [tensor._version for tensor in tensors]:
+        raise CaptureError(
+            "forward must not change the batch in place, because it may run several times; "
+            "pass forward=lambda model, batch: ... that works on a clone"
+        )
+    return values
+
+
+def _check_independence(
+    model: nn.Module, batch: Any, objectives: Callable[[], Tensor], objective: Objective
+) -> bool:
+    """Compare the first and the last sample alone with their batch, where whoever mixes samples shows.
+
+    Both, because what runs along the batch as if it were time, forwards or backwards, leaves one end alone.
+
+    Returns:
+        Whether a comparison was possible.
+
+    Raises:
+        CaptureError: The objectives differ.
+    """
+    tensors = _tensors(batch)
     samples = tensors[0].shape[0] if tensors and tensors[0].dim() else 0
     if samples < 2 or any(t.dim() == 0 or t.shape[0] != samples for t in tensors):
         # Not evidently one row per sample.
-        return
-    with torch.no_grad():
-        together = sample_objective(objective, default_forward(model, batch))
-        alone = sample_objective(objective, default_forward(model, tree_map_only(Tensor, lambda t: t[:1], batch)))
-    if together.shape != (samples,) or alone.shape != (1,):
-        return
-    tolerance = torch.finfo(together.dtype).eps ** 0.5
-    if not bool((together[0] - alone[0]).abs() <= tolerance * torch.maximum(together[0].abs(), alone[0].abs())):
-        raise CaptureError(
-            f"samples must not influence each other, got objective {float(together[0]):.6g} for sample 0 in its batch and "
-            f"{float(alone[0]):.6g} alone; find what mixes samples or is random in eval mode, or use batches of one sample"
-        )
+        return False
+    with torch.no_grad(), Refusing(model):
+        together = objectives()
+        if together.shape != (samples,) or not bool(together.isfinite().all()):
+            return False
+        for sample in (0, samples - 1):
+            one = tree_map_only(Tensor, lambda t, sample=sample: t[sample : sample + 1], batch)
+            try:
+                alone = sample_objective(objective, default_forward(model, one))
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                if isinstance(error, CaptureError):
+                    raise
+                # A model that cannot take a single sample cannot be asked.
+                return False
+            if alone.shape != (1,):
+                return False
+            # Relative to the batch: an objective near zero is all rounding.
+            scale = torch.maximum(together.abs().mean(), alone[0].abs())
+            if not bool((together[sample] - alone[0]).abs() <= torch.finfo(together.dtype).eps ** 0.5 * scale):
+                raise CaptureError(
+                    f"samples must not influence each other, got objective {float(together[sample]):.6g} for sample {sample} "
+                    f"in its batch and {float(alone[0]):.6g} alone; find what mixes samples or is random in eval mode, or "
+                    "use batches of one sample"
+                )
+    return True
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def _with_progress(data: Iterable[Any], progress: bool) -> Iterable[Any]:
@@ -265,5 +322,4 @@ def _with_progress(data: Iterable[Any], progress: bool) -> Iterable[Any]:
         return data
     from tqdm.auto import tqdm
 
-    total = len(data) if hasattr(data, "__len__") else None
-    return tqdm(data, total=total, desc="importance", unit="batch")
+    return tqdm(data, desc="importance", unit="batch")

@@ -117,7 +117,7 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
   const std::vector<int64_t> base = position_bases(g), offset = kernel_offsets(g);
   const int64_t image = g.padded_positions() * C;
   const int64_t chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(1, shape.rows), 1, std::max<int64_t>(1, shape.samples));
-  const Scratch<T> images = scratch<T>(chunk * image);
+  const Scratch<T> images(chunk * image);
   int64_t chunk_first = 0;
 
   const auto prepare = [&](int64_t first, int64_t count) {
@@ -126,10 +126,10 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
       for (int64_t n = begin; n < end; ++n) copy_padded(g, x, first + n, images.get() + n * image);
     });
   };
-  const auto pack_delta = [&](int64_t group, int64_t n, int64_t row, int64_t rows, int64_t first, int64_t width, T* dst) {
-    Matrix src = delta_matrix(delta, n, group * group_outputs + first);
-    src.data = static_cast<const char*>(src.data) + row * src.row_stride * int64_t(delta.element_size());
-    kernel.pack(input_type(delta), src, rows, std::min(width, group_outputs - first), width, Magnitude::kPlain, dst);
+  const auto pack_delta = [&](int64_t group, int64_t n, int64_t first, T* dst) {
+    const int64_t width = kernel.tile_rows;
+    kernel.pack(input_type(delta), delta_matrix(delta, n, group * group_outputs + first), shape.rows,
+                std::min(width, group_outputs - first), width, Magnitude::kPlain, dst);
   };
   // Columns are (kernel entry, channel) pairs. Channels stand together in the images, kernel entries in Ω: going through
   // the kernel for one panel's worth of channels at a time reads vectors there and stays within few cache lines here.
@@ -142,13 +142,22 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
       }
     }
   }
-  const auto pack_x = [&](int64_t group, int64_t n, int64_t row, int64_t rows, int64_t first, int64_t width, T* dst) {
-    const T* from = images.get() + (n - chunk_first) * image + group * group_channels;
-    kernel.pick(from, base.data() + row, rows, image_offset.data() + first, std::min(width, columns - first), dst);
+  // Channels in whole vectors are read where they are; the last vectors of the last panel read once more what counts nowhere.
+  const bool in_place = group_channels % kernel.lanes == 0;
+  while (in_place && int64_t(image_offset.size()) % kernel.tile_columns) image_offset.push_back(image_offset.front());
+  const auto panel_of_x = [&](int64_t group, int64_t first_sample, int64_t count, int64_t row, int64_t rows, int64_t first,
+                              T* dst) {
+    const T* from = images.get() + (first_sample - chunk_first) * image + group * group_channels;
+    if (in_place) return PanelOfX<T>{from, image, base.data() + row, image_offset.data() + first};
+    for (int64_t n = 0; n < count; ++n) {
+      kernel.pick(from + n * image, base.data() + row, rows, image_offset.data() + first,
+                  std::min(kernel.tile_columns, columns - first), dst + n * rows * kernel.tile_columns);
+    }
+    return PanelOfX<T>{dst};
   };
   T* const out = static_cast<T*>(omega.mutable_data_ptr());
   const auto omega_row = [=](int64_t group, int64_t o) { return out + (group * group_outputs + o) * columns; };
-  accumulate_tiled<T>(shape, magnitude_of_statistic(square), pack_delta, pack_x, omega_row,
+  accumulate_tiled<T>(shape, magnitude_of_statistic(square), pack_delta, panel_of_x, omega_row,
                       K == 1 ? nullptr : omega_offset.data(), prepare);
 }
 
@@ -157,7 +166,7 @@ void run_depthwise(Tensor& omega, const Geometry& g, const Tensor& delta, const 
   const Kernels<T>& kernel = kernels_for<T>();
   const int64_t C = g.channels, P = g.positions(), K = g.entries(), image = g.padded_positions() * C;
   const std::vector<int64_t> base = position_bases(g), offset = kernel_offsets(g);
-  const Scratch<T> images = scratch<T>(image), deltas = scratch<T>(P * C), totals = scratch<T>(K * C), sums = scratch<T>(K * C);
+  const Scratch<T> images(image), deltas(P * C), totals(K * C), sums(K * C);
   std::fill_n(totals.get(), K * C, T(0));
   // Channels per task: whole cache lines.
   const int64_t step = std::min<int64_t>(C, 64 / int64_t(sizeof(T)));

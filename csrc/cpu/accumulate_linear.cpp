@@ -19,17 +19,25 @@ void run(Tensor& omega, const Tensor& delta, const Tensor& x, bool square) {
   if (single) std::swap(shape.samples, shape.rows);
   const int64_t sample_axis = single ? 1 : 0, row_axis = single ? 0 : 1;
 
-  const auto pack = [&](const Tensor& data, int64_t size) {
-    return [&data, size, &kernel, type, of_operands, sample = data.stride(sample_axis), row_stride = data.stride(row_axis),
-            column = data.stride(2)](int64_t, int64_t n, int64_t row, int64_t rows, int64_t first, int64_t width, T* dst) {
-      const Matrix src{element(data, n * sample + row * row_stride + first * column), row_stride, column};
-      kernel.pack(type, src, rows, std::min(width, size - first), width, of_operands, dst);
-    };
+  const auto pack = [&](const Tensor& data, int64_t n, int64_t row, int64_t rows, int64_t first, int64_t size, int64_t width,
+                        T* dst) {
+    const int64_t row_stride = data.stride(row_axis), column_stride = data.stride(2);
+    const int64_t offset = n * data.stride(sample_axis) + row * row_stride + first * column_stride;
+    kernel.pack(type, {element(data, offset), row_stride, column_stride}, rows, std::min(width, size - first), width,
+                of_operands, dst);
+  };
+  const auto pack_delta = [&](int64_t, int64_t n, int64_t first, T* dst) {
+    pack(delta, n, 0, shape.rows, first, outputs, kernel.tile_rows, dst);
+  };
+  const auto panel_of_x = [&](int64_t, int64_t first_sample, int64_t count, int64_t row, int64_t rows, int64_t first, T* dst) {
+    for (int64_t n = 0; n < count; ++n) {
+      pack(x, first_sample + n, row, rows, first, columns, kernel.tile_columns, dst + n * rows * kernel.tile_columns);
+    }
+    return PanelOfX<T>{dst};
   };
   T* const out = static_cast<T*>(omega.mutable_data_ptr());
   const auto omega_row = [out, columns](int64_t, int64_t o) { return out + o * columns; };
-  accumulate_tiled<T>(shape, of_products, pack(delta, outputs), pack(x, columns), omega_row, nullptr,
-                      [](int64_t, int64_t) {});
+  accumulate_tiled<T>(shape, of_products, pack_delta, panel_of_x, omega_row, nullptr, [](int64_t, int64_t) {});
 }
 
 void accumulate_linear_(Tensor omega, const Tensor grad_output, const Tensor input, bool square) {

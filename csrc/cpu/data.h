@@ -3,8 +3,8 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <memory>
 #include <new>
+#include <vector>
 
 #include "checks.h"
 #include "cpu/kernels.h"
@@ -31,20 +31,69 @@ inline const void* element(const Tensor& data, int64_t offset) {
 
 inline Magnitude magnitude_of_statistic(bool square) { return square ? Magnitude::kSquare : Magnitude::kAbs; }
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-template <class T>
-using Scratch = std::unique_ptr<T[], Free>;
+// Scratch memory that a thread keeps between calls: fresh pages from the system cost more than most small ops.
+class ScratchPool {
+ public:
+  ~ScratchPool() {
+    for (const Block& block : free_) std::free(block.address);
+  }
 
-// Uninitialised, on a cache line.
+  struct Block {
+    void* address;
+    size_t bytes;
+  };
+
+  Block take(size_t bytes) {
+    size_t best = free_.size();
+    for (size_t i = 0; i < free_.size(); ++i) {
+      if (free_[i].bytes >= bytes && (best == free_.size() || free_[i].bytes < free_[best].bytes)) best = i;
+    }
+    if (best == free_.size()) {
+      void* address = std::aligned_alloc(64, bytes);
+      if (!address) throw std::bad_alloc();
+      return {address, bytes};
+    }
+    const Block block = free_[best];
+    kept_ -= block.bytes;
+    free_.erase(free_.begin() + best);
+    return block;
+  }
+
+  void give(Block block) noexcept {
+    if (kept_ + block.bytes > kMostKept || free_.size() == free_.capacity()) return std::free(block.address);
+    kept_ += block.bytes;
+    free_.push_back(block);
+  }
+
+  static ScratchPool& own() {
+    thread_local ScratchPool pool;
+    return pool;
+  }
+
+ private:
+  static constexpr size_t kMostKept = 32u << 20;  // per thread
+  ScratchPool() { free_.reserve(8); }
+  std::vector<Block> free_;
+  size_t kept_ = 0;
+};
+
+// Uninitialised, on a cache line, for the thread that made it.
 template <class T>
-Scratch<T> scratch(int64_t count) {
-  const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, bytes ? bytes : 64);
-  if (!p) throw std::bad_alloc();
-  return Scratch<T>(static_cast<T*>(p));
-}
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : block_(ScratchPool::own().take((size_t(count) * sizeof(T) + 64) / 64 * 64)),
+        entries_(static_cast<T*>(block_.address)) {}
+  ~Scratch() { ScratchPool::own().give(block_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return entries_; }
+  T& operator[](int64_t i) const { return entries_[i]; }
+
+ private:
+  ScratchPool::Block block_;
+  T* entries_;
+};
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -28,6 +28,7 @@ template <class T>
 struct Kernels {
   int64_t tile_rows;     // outputs per register tile, and width of a packed δ panel
   int64_t tile_columns;  // inputs per register tile, and width of a packed x panel
+  int64_t lanes;         // entries of a vector; divides tile_columns
 
   // dst[r, c] = magnitude(src[r, c]) for c < columns, 0 for columns <= c < width. dst is dense, [rows, width].
   void (*pack)(Input type, Matrix src, int64_t rows, int64_t columns, int64_t width, Magnitude magnitude, T* dst);
@@ -37,6 +38,10 @@ struct Kernels {
 
   // tile[o, i] += Σ_n magnitude(Σ_t delta[n, t, o] x[n, t, i]); panels are packed, tile is [tile_rows, tile_columns].
   void (*tile)(const T* delta, const T* x, int64_t samples, int64_t rows, Magnitude magnitude, T* tile);
+
+  // The same with x[n * sample_stride + base[t] + offset[i]]; every vector of `lanes` columns must have consecutive offsets.
+  void (*tile_in_place)(const T* delta, const T* x, int64_t sample_stride, const int64_t* base, const int64_t* offset,
+                        int64_t samples, int64_t rows, Magnitude magnitude, T* tile);
 
   // into[i] += magnitude(from[i])
   void (*fold)(const T* from, int64_t count, Magnitude magnitude, T* into);

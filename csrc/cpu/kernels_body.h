@@ -180,15 +180,37 @@ void pick(const T* __restrict x, const int64_t* base, int64_t rows, const int64_
   }
 }
 
+// Where a tile's columns of x are: in a packed panel, or, as the channels of an image in place, at base[t] + offset[v].
+template <class T, int NV>
+struct Packed {
+  const T* x;
+  Vector<T> at(int64_t t, int v) const { return load<T>(x + (t * NV + v) * kWidth<T>); }
+  Packed sample(int64_t n, int64_t rows) const { return {x + n * rows * NV * kWidth<T>}; }
+};
+template <class T, int NV>
+struct InPlace {
+  const T* x;
+  int64_t sample_stride;
+  const int64_t* base;
+  int64_t offset[NV];
+  Vector<T> at(int64_t t, int v) const { return load<T>(x + base[t] + offset[v]); }
+  InPlace sample(int64_t n, int64_t) const {
+    InPlace own = *this;
+    own.x += n * sample_stride;
+    return own;
+  }
+};
+
 // MR × NV accumulators stay in registers over a sample's rows; its |·| is added to the tile, which stays in L1.
-template <class T, int MR, int NV, Magnitude M>
-void tile_for(const T* __restrict delta, const T* __restrict x, int64_t samples, int64_t rows, T* __restrict tile) {
+template <class T, int MR, int NV, Magnitude M, class Source>
+void tile_for(const T* __restrict delta, const Source source, int64_t samples, int64_t rows, T* __restrict tile) {
   constexpr int64_t W = kWidth<T>;
   for (int64_t n = 0; n < samples; ++n) {
+    const Source x = source.sample(n, rows);
     Vector<T> sum[MR][NV] = {};
-    for (int64_t t = 0; t < rows; ++t, delta += MR, x += NV * W) {
+    for (int64_t t = 0; t < rows; ++t, delta += MR) {
       Vector<T> columns[NV];
-      for (int v = 0; v < NV; ++v) columns[v] = load<T>(x + v * W);
+      for (int v = 0; v < NV; ++v) columns[v] = x.at(t, v);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
         for (int v = 0; v < NV; ++v) sum[m][v] += broadcast<T>(delta[m]) * columns[v];
@@ -205,7 +227,19 @@ void tile_for(const T* __restrict delta, const T* __restrict x, int64_t samples,
 
 template <class T, int MR, int NV>
 void tile(const T* delta, const T* x, int64_t samples, int64_t rows, Magnitude m, T* tile) {
-  with_magnitude(m, [&]<Magnitude M>() { tile_for<T, MR, NV, M>(delta, x, samples, rows, tile); });
+  with_magnitude(m, [&]<Magnitude M>() {
+    tile_for<T, MR, NV, M, Packed<T, NV>>(delta, {x}, samples, rows, tile);
+  });
+}
+
+template <class T, int MR, int NV>
+void tile_in_place(const T* delta, const T* x, int64_t sample_stride, const int64_t* base, const int64_t* offset,
+                   int64_t samples, int64_t rows, Magnitude m, T* tile) {
+  InPlace<T, NV> source{x, sample_stride, base, {}};
+  for (int v = 0; v < NV; ++v) source.offset[v] = offset[v * kWidth<T>];
+  with_magnitude(m, [&]<Magnitude M>() {
+    tile_for<T, MR, NV, M, InPlace<T, NV>>(delta, source, samples, rows, tile);
+  });
 }
 
 template <class T>
@@ -467,8 +501,8 @@ void gather(Input type, Matrix rows, const int64_t* index, int64_t count, int64_
 template <class T, int MR, int NV>
 constexpr Kernels<T> kernels_of() {
   constexpr int NR = NV * kWidth<T>;
-  return {MR,      NR,           pack<T, MR, NR>, pick<T, NV>, tile<T, MR, NV>,
-          fold<T>, transpose<T>, depthwise<T>,    affine<T>,   gather<T>};
+  return {MR,      NR,           kWidth<T>,    pack<T, MR, NR>, pick<T, NV>, tile<T, MR, NV>, tile_in_place<T, MR, NV>,
+          fold<T>, transpose<T>, depthwise<T>, affine<T>,       gather<T>};
 }
 
 // MR × NV accumulators, NV columns and a broadcast must fit the registers: 16 of them, or 32 with AVX-512.

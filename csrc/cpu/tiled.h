@@ -15,8 +15,8 @@
 
 namespace mas_fast::cpu {
 
-// Positions per packed panel: 2048 rows of 32 floats are 256 KiB, within the L2 of the machines of today.
-constexpr int64_t kChunkRows = 2048;
+// Positions per packed panel: 1024 rows of 32 floats are 128 KiB, a fraction of the L2 of the machines of today.
+constexpr int64_t kChunkRows = 1024;
 // Tasks per thread, so that uneven ones even out.
 constexpr int64_t kTasksPerThread = 4;
 
@@ -26,12 +26,27 @@ struct TiledShape {
   int64_t outputs, columns;   // O and I of one group
 };
 
-// pack_delta(group, sample, row, rows, output, width, dst) and pack_x(group, sample, row, rows, column, width, dst) write
-// packed rows of one sample, zero beyond the group's edge; omega_row(group, output) is the address of a row of Ω, whose
-// columns stand at column_offset[column], or side by side if that is null; prepare(sample, samples) is called, on one
-// thread, before a chunk of samples.
-template <class T, class PackDelta, class PackX, class OmegaRow, class Prepare>
-void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDelta& pack_delta, const PackX& pack_x,
+// Where a panel of x is: packed at x, or, with a base, in place as Kernels::tile_in_place reads it.
+template <class T>
+struct PanelOfX {
+  const T* x;
+  int64_t sample_stride = 0;
+  const int64_t *base = nullptr, *offset = nullptr;
+};
+
+template <class T>
+void run_tile(const T* delta, const PanelOfX<T>& panel, int64_t samples, int64_t rows, Magnitude magnitude, T* tile) {
+  const Kernels<T>& kernel = kernels_for<T>();
+  if (!panel.base) return kernel.tile(delta, panel.x, samples, rows, magnitude, tile);
+  kernel.tile_in_place(delta, panel.x, panel.sample_stride, panel.base, panel.offset, samples, rows, magnitude, tile);
+}
+
+// pack_delta(group, sample, output, dst) writes a packed panel of one sample's δ, zero beyond the group's edge.
+// panel_of_x(group, sample, samples, row, rows, column, dst) says where a panel of x is, after packing it to dst if need be.
+// omega_row(group, output) is the address of a row of Ω; its columns stand at column_offset[column], or side by side if that
+// is null. prepare(sample, samples) is called, on one thread, before a chunk of samples.
+template <class T, class PackDelta, class FindX, class OmegaRow, class Prepare>
+void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDelta& pack_delta, const FindX& panel_of_x,
                       const OmegaRow& omega_row, const int64_t* column_offset, const Prepare& prepare) {
   const Kernels<T>& kernel = kernels_for<T>();
   const int64_t MR = kernel.tile_rows, NR = kernel.tile_columns;
@@ -45,23 +60,23 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
   const int64_t tasks = shape.groups * column_panels * output_blocks;
 
   const int64_t panel_size = chunk * shape.rows * MR;  // one packed panel of δ
-  const Scratch<T> delta = scratch<T>(shape.groups * output_panels * panel_size);
+  const Scratch<T> delta(shape.groups * output_panels * panel_size);
   for (int64_t first = 0; first < shape.samples; first += chunk) {
     const int64_t count = std::min(chunk, shape.samples - first);
     prepare(first, count);
     torch::stable::parallel_for(0, shape.groups * output_panels * count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n = i % count, panel = i / count % output_panels, group = i / count / output_panels;
-        pack_delta(group, first + n, 0, shape.rows, panel * MR, MR,
+        pack_delta(group, first + n, panel * MR,
                    delta.get() + (group * output_panels + panel) * panel_size + n * shape.rows * MR);
       }
     });
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       const int64_t tile_size = MR * NR;
       const int64_t most = ceil_div(output_panels, output_blocks);
-      const Scratch<T> x = scratch<T>(std::max(chunk * block, block) * NR);
+      const Scratch<T> x(std::max(chunk * block, block) * NR);
       // Sums of |·|, and for samples of several blocks their plain sums so far.
-      const Scratch<T> totals = scratch<T>(most * tile_size), partial = scratch<T>(most * tile_size);
+      const Scratch<T> totals(most * tile_size), partial(most * tile_size);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t output_block = task % output_blocks, panel = task / output_blocks % column_panels;
         const int64_t group = task / output_blocks / column_panels;
@@ -70,22 +85,20 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
         const T* deltas = delta.get() + group * output_panels * panel_size;
         std::fill_n(totals.get(), (o_end - o_begin) * tile_size, T(0));
         if (block == shape.rows) {
-          for (int64_t n = 0; n < count; ++n) {
-            pack_x(group, first + n, 0, shape.rows, panel * NR, NR, x.get() + n * shape.rows * NR);
-          }
+          const PanelOfX<T> columns = panel_of_x(group, first, count, 0, shape.rows, panel * NR, x.get());
           for (int64_t o = o_begin; o < o_end; ++o) {
-            kernel.tile(deltas + o * panel_size, x.get(), count, shape.rows, magnitude,
-                        totals.get() + (o - o_begin) * tile_size);
+            run_tile(deltas + o * panel_size, columns, count, shape.rows, magnitude,
+                     totals.get() + (o - o_begin) * tile_size);
           }
         } else {
           for (int64_t n = 0; n < count; ++n) {
             std::fill_n(partial.get(), (o_end - o_begin) * tile_size, T(0));
             for (int64_t row = 0; row < shape.rows; row += block) {
               const int64_t rows = std::min(block, shape.rows - row);
-              pack_x(group, first + n, row, rows, panel * NR, NR, x.get());
+              const PanelOfX<T> columns = panel_of_x(group, first + n, 1, row, rows, panel * NR, x.get());
               for (int64_t o = o_begin; o < o_end; ++o) {
-                kernel.tile(deltas + o * panel_size + (n * shape.rows + row) * MR, x.get(), 1, rows, Magnitude::kPlain,
-                            partial.get() + (o - o_begin) * tile_size);
+                run_tile(deltas + o * panel_size + (n * shape.rows + row) * MR, columns, 1, rows, Magnitude::kPlain,
+                         partial.get() + (o - o_begin) * tile_size);
               }
             }
             kernel.fold(partial.get(), (o_end - o_begin) * tile_size, magnitude, totals.get());

@@ -1,8 +1,10 @@
 """What a rule says about one call: which arguments are parameters, what to keep, and how Ω grows from δ."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,6 +65,24 @@ def rule(*functions: Any) -> Callable[[Rule], Rule]:
         return bind
 
     return register
+
+
+def bind(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Binding | None:
+    """Understand a call by its rule; None if there is no rule, or none for a call with these arguments."""
+    found = RULES.get(function)
+    if found is None:
+        return None
+    try:
+        _signature(found).bind(*args, **kwargs)
+    except TypeError:
+        # Spelled in a way that the rule does not know, such as mat2= for torch.mm.
+        return None
+    return found(*args, **kwargs)
+
+
+@cache
+def _signature(found: Rule) -> inspect.Signature:
+    return inspect.signature(found)
 
 
 @contextmanager

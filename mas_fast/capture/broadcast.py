@@ -40,7 +40,9 @@ def _accumulate(
     gone = delta.layout is not None and output[delta.layout.axis] == delta.samples
     sums = [a in repeated for a in range(len(output)) if not (gone and delta.layout and a == delta.layout.axis)]
     grad_output = delta.split(delta.value)
-    other = None if factor is None else delta.split(factor(role, *saved).broadcast_to(output))
+    # Data may be narrower than the result, or integers; the factor is formed in no less than the result's dtype.
+    operands = [t.to(torch.promote_types(t.dtype, delta.value.dtype)) for t in saved]
+    other = None if factor is None else delta.split(factor(role, *operands).broadcast_to(output))
     rows = _rows(grad_output, sums)
     if rows is None:
         product = grad_output if other is None else grad_output * other
@@ -81,7 +83,7 @@ def _product_factor(role: str, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _quotient_factor(role: str, left: Tensor, right: Tensor) -> Tensor:
-    return right.reciprocal() if role == "left" else left / right.square()
+    return right.reciprocal() if role == "left" else left / right / right
 
 
 def _register(name: str, functions: Sequence[str], factor: Factor | None, inplace: bool = False, swapped: bool = False) -> None:

@@ -9,7 +9,6 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mas_fast.capture.binding import Binding, Delta, rule
-from mas_fast.errors import CaptureError
 from mas_fast.kernels import ops
 
 
@@ -25,17 +24,12 @@ def embedding(
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
-    max_norm: float | None = None,
+    max_norm: None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Binding | None:
     """F.embedding. `scale_grad_by_freq` and `sparse` say how an optimizer gets the gradient, not what it is."""
-    if max_norm is not None:
-        raise CaptureError(
-            "an embedding with max_norm changes its weight in every forward, so there is no fixed θ to measure; "
-            "renormalise the weight once yourself and set max_norm=None"
-        )
     if padding_idx is None:
         padding_idx = -1
     elif padding_idx < 0:
@@ -49,4 +43,9 @@ def embedding(
     )
 
 
-rule(torch.embedding)(lambda weight, indices, padding_idx=None, *rest: embedding(indices, weight, padding_idx))
+@rule(torch.embedding)
+def torch_embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Binding | None:
+    """torch.embedding, where a negative padding_idx is none; in F.embedding it counts from the end."""
+    return embedding(indices, weight, padding_idx if padding_idx >= 0 else None)

@@ -22,10 +22,6 @@ class Layout(NamedTuple):
     axis: int
     order: str = "outer"
 
-    def fits(self, shape: torch.Size, samples: int) -> bool:
-        """Return whether a tensor of this shape can hold so many samples on the axis."""
-        return self.axis < len(shape) and shape[self.axis] > 0 and shape[self.axis] % samples == 0
-
     def split(self, tensor: Tensor, samples: int) -> Tensor:
         """Move the samples to a first axis of their own: [..., N·m, ...] -> [N, ..., m, ...]; m = 1 leaves no axis."""
         folded = tensor.shape[self.axis] // samples
@@ -79,8 +75,11 @@ class Fingerprint(NamedTuple):
         return bool(self.sums) and not any(bool(scale.any()) for scale in self.scales.values())
 
 
-def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float) -> Layout | None:
-    """Return the layout that both fingerprints agree on, or None.
+def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float) -> list[Layout]:
+    """Return the layouts that both fingerprints agree on.
+
+    Any of them groups the entries of this δ rightly. If there are several, as where most of δ is zero, only one of them
+    may hold for another batch.
 
     Args:
         plain: Of δ of Σ_n objective_n.
@@ -89,6 +88,7 @@ def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float
         eps: Machine epsilon of the dtype in which δ was computed.
     """
     samples = len(weights)
+    proved = []
     # Rounding is the same in both runs except near underflow; a leak between samples below this is below rounding too.
     tolerance = eps**0.75
     for axis, sums in plain.sums.items():
@@ -100,5 +100,5 @@ def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float
             seen = w[plain.scales[axis] > 0].unique()
             # One weight alone is no evidence: two samples with different ones must have been told apart.
             if bool(near.all()) and len(seen) > 1:
-                return Layout(axis, order)
-    return None
+                proved.append(Layout(axis, order))
+    return proved

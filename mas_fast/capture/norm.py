@@ -38,6 +38,12 @@ def _accumulate(
         ops.accumulate_affine_(weight, bias, grad_output, x, mean, rstd, square)
 
 
+def _mean_rstd(x: Tensor, axes: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the mean and 1/σ over the last axes, which stay as axes of length 1: torch's norm is faster than its var_mean."""
+    _, mean, rstd = torch.native_layer_norm(x, x.shape[x.dim() - axes :], None, None, eps)
+    return mean, rstd
+
+
 def _last(count: int) -> Callable[[Tensor], Tensor]:
     """Bring [N, ..., *last] to [N, R, K, 1]: the parameter spans the last `count` axes."""
 
@@ -70,8 +76,7 @@ def layer_norm(
     """F.layer_norm: statistics of each row of [..., *normalized_shape]."""
 
     def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-        variance, mean = torch.var_mean(x, 2, correction=0, keepdim=True)
-        return mean, (variance + eps).rsqrt()
+        return _mean_rstd(x, 2, eps)  # x [N, R, K, 1]
 
     count = len(normalized_shape)
     return Binding(
@@ -116,9 +121,9 @@ def group_norm(
 
     def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         grouped = x.unflatten(2, (num_groups, -1)).flatten(3)  # [N, m, G, K/G·S]
-        variance, mean = torch.var_mean(grouped, 3, correction=0, keepdim=True)
         repeats = x.shape[2] // num_groups
-        return mean.repeat_interleave(repeats, 2), (variance + eps).rsqrt().repeat_interleave(repeats, 2)
+        mean, rstd = (s.repeat_interleave(repeats, 2) for s in _mean_rstd(grouped, 1, eps))
+        return mean, rstd
 
     return _channel_norm("group_norm", input, weight, bias, statistics)
 
@@ -139,8 +144,7 @@ def instance_norm(
         return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
     def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-        variance, mean = torch.var_mean(x, 3, correction=0, keepdim=True)
-        return mean, (variance + eps).rsqrt()
+        return _mean_rstd(x, 1, eps)  # x [N, m, K, S]
 
     return _channel_norm("instance_norm", input, weight, bias, statistics)
 

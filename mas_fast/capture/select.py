@@ -43,11 +43,24 @@ class Tracked:
     fold: Callable[[], None] | None = None  # adds a buffer of its own back to `root` and empties it
     origin: Site | None = None  # the call that picked, if there is another way to understand it
     whole: bool = True  # the parameter itself
+    version: int = 0  # of the tensor when it was picked: whoever changes it in place ends its being a pick
+
+    @property
+    def changed(self) -> bool:
+        """Whether the tensor has been changed in place since."""
+        return self.tensor._version != self.version
 
 
 def track(name: str, parameter: Tensor, omega: Tensor) -> Tracked:
     """Track a parameter itself."""
-    return Tracked(parameter, name, omega, omega, lambda: torch.arange(omega.numel(), device=omega.device).view(omega.shape))
+    return Tracked(
+        parameter,
+        name,
+        omega,
+        omega,
+        lambda: torch.arange(omega.numel(), device=omega.device).view(omega.shape),
+        version=parameter._version,
+    )
 
 
 def looks_shared(ids: Tensor) -> bool:
@@ -71,11 +84,14 @@ def select(
         results: What the call returned.
 
     Returns:
-        The results, tracked; None if an entry was picked twice, so that its uses would have to be summed before |·|.
+        The results, tracked; None if an entry was picked twice, so that its uses would have to be summed before |·|, or if
+        the call does not work on Ω, whose memory may be laid out otherwise than the parameter's.
     """
 
     def tracked(result: Tensor, omega: Tensor, numbers: Callable[[], Tensor], fold: Callable[[], None] | None) -> Tracked:
-        return Tracked(result, source.name, omega, source.root, numbers, fold, site, whole=False)
+        return Tracked(
+            result, source.name, omega, source.root, numbers, fold, site, whole=False, version=result._version
+        )
 
     if function in CASTS:
         return [tracked(results[0], source.omega, source.numbers, source.fold)]
@@ -86,7 +102,10 @@ def select(
         return list(picked) if isinstance(picked, (tuple, list)) else [picked]
 
     if function is not F.embedding:
-        parts = pick(source.omega)
+        try:
+            parts = pick(source.omega)
+        except RuntimeError:
+            return None
         storage = source.omega.untyped_storage().data_ptr()
         if all(part.untyped_storage().data_ptr() == storage for part in parts):
             return [

@@ -5,8 +5,9 @@ moves entries, and, for everything else, one backward per sample for that parame
 after every forward the graph is searched for uses that no rule saw.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from enum import Enum, auto
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,15 +16,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from mas_fast.capture import broadcast, conv, embedding, linear, norm  # noqa: F401  (each registers its rules)
-from mas_fast.capture.binding import RULES, Binding, Delta
+from mas_fast.capture.binding import RULES, Binding, Delta, bind
 from mas_fast.capture.layout import Fingerprint, prove, sample_weights
+from mas_fast.capture.refuse import refuse
 from mas_fast.capture.select import SELECTIONS, Tracked, looks_shared, select, track
 from mas_fast.capture.site import Site, SiteKey
 from mas_fast.capture.tap import Tap, TapFunction
+from mas_fast.capture.trace import Trace
 from mas_fast.errors import CaptureError
 from mas_fast.reference import magnitude
-
-BATCH_STATISTICS = (F.batch_norm, torch.batch_norm)
 
 
 class _Phase(Enum):
@@ -42,6 +43,7 @@ class Capture:
         square: Accumulate squares instead of absolute values.
         dtype: Least dtype of the sums; never less than float32, nor than a float64 parameter's own.
         unsupported: "loop" sends what no rule covers through one backward per sample; "raise" lists it in a CaptureError.
+        model: Where errors look for the names of layers.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Capture:
         square: bool = False,
         dtype: torch.dtype = torch.float32,
         unsupported: str = "loop",
+        model: nn.Module | None = None,
     ) -> None:
         if unsupported not in ("loop", "raise"):
             raise ValueError(f"unsupported must be 'loop' or 'raise', got {unsupported!r}")
@@ -58,6 +61,7 @@ class Capture:
         self.square = square
         self.dtype = dtype
         self.unsupported = unsupported
+        self.model = model
         self.num_samples = 0
         self.sums: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
@@ -67,7 +71,8 @@ class Capture:
         self.rules: dict[str, str] = {}  # name -> rules that served it
         self.uses: dict[str, int] = dict.fromkeys(self.parameters, 0)
         self._sites: dict[SiteKey, Site] = {}
-        self._disjoint: set[tuple[int, ...]] = set()
+        self._disjoint: set[tuple[Hashable, str]] = set()  # (trace, name) of uses that share no entry
+        self._broken = False  # an error came after some of a batch had been added
 
     def accumulate(self, objectives: Callable[[], Tensor]) -> int:
         """Run a batch and add its samples' magnitudes to the sums.
@@ -83,18 +88,33 @@ class Capture:
             CaptureError: Exactness cannot be had: see the message.
             FloatingPointError: An objective or a gradient is not finite.
         """
+        self.check_whole()
         pending = set(self.parameters)
         samples = 0
         with torch.inference_mode(False), torch.enable_grad():
             while pending:
                 forward = _Forward(self, pending)
-                samples = forward.run(objectives)
+                try:
+                    samples = forward.run(objectives)
+                finally:
+                    # Taps and forward refer to each other; only the garbage collector would find them.
+                    forward.taps.clear()
                 pending = forward.left
         if self.fallback and self.unsupported == "raise":
             raise CaptureError(self._list_fallback())
         self._check_finite()
+        self._broken = False
         self.num_samples += samples
         return samples
+
+    def check_whole(self) -> None:
+        """Raise if an earlier error left a batch added in part.
+
+        Raises:
+            CaptureError: It did.
+        """
+        if self._broken:
+            raise CaptureError("an error ended this capture in the middle of a batch, so its sums are of no use; start another")
 
     def _list_fallback(self) -> str:
         lines = [
@@ -129,6 +149,8 @@ class _Forward(TorchFunctionMode):
         self.samples = 0
         self.weights = torch.empty(0)
         self.token = torch.zeros((), requires_grad=True)
+        self.trace = Trace()
+        self.program: Hashable = None  # (trace, N), once the forward is through
         for name, parameter in capture.parameters.items():
             if name not in capture.fallback:
                 self.tracked[id(parameter)] = track(name, parameter, capture.sums[name])
@@ -156,14 +178,14 @@ class _Forward(TorchFunctionMode):
     ) -> Any:
         """Run a call; where it uses a tracked parameter, see to it that its δ is seen, or send the parameter to the loop."""
         kwargs = kwargs or {}
-        if func in BATCH_STATISTICS:
-            self._refuse_batch_statistics(*args, **kwargs)
+        refuse(self.capture.model, func, args, kwargs)
+        self.trace.add(func, args, kwargs)
         used = self._used(args, kwargs)
         if not used or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         site = self._site(func, used, args, kwargs)
-        binding = RULES[func](*args, **kwargs) if func in RULES else None
-        while site.ways:
+        binding = bind(func, args, kwargs)
+        while site.ways and not any(source.changed for source in used.values()):
             if site.ways[site.way] == "select":
                 result = func(*args, **kwargs)
                 if self._select(func, used, site, args, kwargs, result):
@@ -178,26 +200,6 @@ class _Forward(TorchFunctionMode):
                 self._give_up(source, f"used by {site.call}, which no rule covers in this form")
         return result
 
-    def _refuse_batch_statistics(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        *_: Any,
-        **__: Any,
-    ) -> None:
-        if not training or input.shape[0] < 2:
-            return
-        source = self.tracked.get(id(weight))
-        layer = f"batch norm {source.name.rpartition('.')[0]!r}" if source else "a batch norm"
-        raise CaptureError(
-            f"{layer} normalises with the statistics of the batch, so its samples influence each other and no per-sample "
-            "gradient exists; use running statistics (track_running_stats=True), or batches of one sample"
-        )
-
     def _used(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int, Tracked]:
         used = {}
         for a in (*args, *kwargs.values()):
@@ -207,7 +209,7 @@ class _Forward(TorchFunctionMode):
         return used
 
     def _site(self, func: Any, used: Mapping[int, Tracked], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Site:
-        call = resolve_name(func) or getattr(func, "__name__", repr(func))
+        call = _call_name(func)
         names = tuple(source.name for source in used.values())
         count = self.counts[call, names] = self.counts.get((call, names), 0) + 1
         site = self.capture._sites.get((call, names, count))
@@ -239,6 +241,8 @@ class _Forward(TorchFunctionMode):
         # The same tensor in two roles would have to be summed before |·|; one that is only data is no business of the rule.
         unique = len(roles) == len(set(roles)) == len(used)
         mutated = binding.inplace and id(next(iter(binding.roles.values()))) in used
+        if any(isinstance(t, Tensor) and t.is_complex() for t in (*binding.roles.values(), *binding.saved)):
+            return False
         return unique and not mutated and not (binding.single and len(used) > 1)
 
     def _tap(
@@ -301,7 +305,7 @@ class _Forward(TorchFunctionMode):
                 uses.setdefault(source.name, []).append(source)
         for name, sources in uses.items():
             self.capture.uses[name] = len(sources)
-            key = tuple(id(source.origin) for source in sources)
+            key = (self.trace.key, name)
             if len(sources) == 1 or key in self.capture._disjoint:
                 continue
             if not any(source.whole for source in sources):
@@ -320,6 +324,9 @@ class _Forward(TorchFunctionMode):
             if self.taps or looped:
                 raise CaptureError("objective must depend on the parameters, got a tensor without a graph")
             return
+        self.program = (self.trace.key, self.samples)
+        for tap in self.taps:
+            tap.layout = tap.site.layouts.get(self.program)
         unproven = [tap for tap in self.taps if not self._proven(tap)]
         if unproven:
             self.weights = sample_weights(self.samples, values)
@@ -330,6 +337,7 @@ class _Forward(TorchFunctionMode):
                 if self.left:
                     self.left = self.pending
                     return
+        capture._broken = True  # until the whole batch is added
         if looped and capture.unsupported == "loop":
             self._loop(values, looped)
         self._sweep(values, _Phase.ADD, torch.ones_like(values))
@@ -352,8 +360,12 @@ class _Forward(TorchFunctionMode):
     def _loop(self, values: Tensor, names: Sequence[str]) -> None:
         capture = self.capture
         parameters = [capture.parameters[name] for name in names]
+        # Hooks on parameters, such as those that mask gradients, are for training: no rule sees them either.
+        hooks = [parameter._backward_hooks for parameter in parameters]
         self.phase = _Phase.LOOP
         try:
+            for parameter in parameters:
+                parameter._backward_hooks = None
             for sample in range(self.samples):
                 gradients = torch.autograd.grad(values[sample], parameters, retain_graph=True, allow_unused=True)
                 for name, gradient in zip(names, gradients, strict=True):
@@ -362,9 +374,11 @@ class _Forward(TorchFunctionMode):
                         total += magnitude(gradient.to(total.dtype), capture.square)
         finally:
             self.phase = _Phase.IDLE
+            for parameter, own in zip(parameters, hooks, strict=True):
+                parameter._backward_hooks = own
 
     def _proven(self, tap: Tap) -> bool:
-        return self.samples == 1 or (tap.site.layout is not None and tap.site.layout.fits(tap.shape, self.samples))
+        return self.samples == 1 or tap.layout is not None
 
     def _receive(self, tap: Tap, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         """Take a tap's δ, in whichever backward this is."""
@@ -382,16 +396,25 @@ class _Forward(TorchFunctionMode):
                 return
             if fingerprint.vanishes():
                 return
+            self._refuse_infinite(tap, fingerprint)
             if tap.weighted is not None:
-                tap.site.layout = prove(fingerprint, tap.weighted, self.weights, torch.finfo(delta.dtype).eps)
-            if tap.site.layout is None:
+                proved = prove(fingerprint, tap.weighted, self.weights, torch.finfo(delta.dtype).eps)
+                tap.layout = proved[0] if proved else None
+                if len(proved) == 1:
+                    tap.site.remember(self.program, proved[0])
+            if tap.layout is None:
                 self._fail(tap)
                 return
         if self.phase is _Phase.ADD:
             omega = {role: source.omega for role, source in tap.roles.items() if source.name in self.pending}
-            layout = None if self.samples == 1 else tap.site.layout
+            layout = None if self.samples == 1 else tap.layout
             if omega:
                 tap.accumulate(omega, Delta(delta, layout, self.samples), saved, self.capture.square)
+
+    def _refuse_infinite(self, tap: Tap, fingerprint: Fingerprint) -> None:
+        if not all(bool(scale.isfinite().all()) for scale in fingerprint.scales.values()):
+            names = ", ".join(source.name for source in tap.roles.values())
+            raise FloatingPointError(f"gradient must be finite, got inf or nan in {names}")
 
     def _fail(self, tap: Tap) -> None:
         """Do a tap's parameters again, in another way."""
@@ -400,6 +423,11 @@ class _Forward(TorchFunctionMode):
             for source in tap.roles.values():
                 self._give_up(source, reason)
         self.left |= {source.name for source in tap.roles.values()} & self.pending
+
+
+@cache
+def _call_name(func: Any) -> str:
+    return resolve_name(func) or getattr(func, "__name__", repr(func))
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -1,8 +1,11 @@
 """What is remembered, from batch to batch, of one place in the model where a parameter is used."""
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 from mas_fast.capture.layout import Layout
+
+MOST_LAYOUTS = 256
 
 # (function, names of the parameters, which of the equal calls of one forward)
 SiteKey = tuple[str, tuple[str, ...], int]
@@ -10,16 +13,22 @@ SiteKey = tuple[str, tuple[str, ...], int]
 
 @dataclass
 class Site:
-    """A call that uses parameters, how it is understood, and where its samples are once that is proved."""
+    """A call that uses parameters, how it is understood, and where its samples are as far as that is proved."""
 
     call: str  # such as "torch.nn.functional.linear"
     ways: tuple[str, ...]  # ways to understand it, "rule" or "select", best guess first
     way: int = 0
-    layout: Layout | None = None
+    layouts: dict[Hashable, Layout] = field(default_factory=dict)  # (trace of the forward, N) -> where its samples were
+
+    def remember(self, forward: Hashable, layout: Layout) -> None:
+        """Keep what was proved; programs that never come again must not pile up."""
+        if len(self.layouts) >= MOST_LAYOUTS:
+            self.layouts.clear()
+        self.layouts[forward] = layout
 
     def next_way(self) -> bool:
         """Turn to the next way to understand the call; return False if there is none."""
-        self.layout = None
+        self.layouts.clear()
         if self.way + 1 >= len(self.ways):
             return False
         self.way += 1

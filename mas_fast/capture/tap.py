@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mas_fast.capture.binding import Accumulate
-from mas_fast.capture.layout import Fingerprint
+from mas_fast.capture.layout import Fingerprint, Layout
 from mas_fast.capture.select import Tracked
 from mas_fast.capture.site import Site
 
@@ -27,6 +27,7 @@ class Tap:
     shape: torch.Size  # of the output
     axes: tuple[int, ...]  # of the output, that may hold the samples
     receive: Receive
+    layout: Layout | None = field(default=None)  # where the samples of this forward are, once that is known
     weighted: Fingerprint | None = field(default=None)
 
 

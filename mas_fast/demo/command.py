@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mas_fast.demo.settings import Settings
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mas_fast.demo.data import Task
-    from mas_fast.demo.settings import Settings
     from mas_fast.demo.train import Run
 
 JSON_NAME = "demo.json"
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"folder to write {JSON_NAME} and {PLOT_NAME} to (default: %(default)s)",
     )
     parser.add_argument("--seeds", type=_count, metavar="K", help=f"run the seeds 0 to K-1 (default: {SEEDS})")
-    parser.add_argument("--lam", type=_weight, metavar="LAM", help="weight of the MAS penalty (default: 0.1)")
+    parser.add_argument(
+        "--lam", type=_weight, metavar="LAM", help=f"weight of the MAS penalty (default: {Settings.lam})"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -77,7 +80,6 @@ def _run(args: argparse.Namespace) -> None:
     from mas_fast.demo import plot, report, result, timing
     from mas_fast.demo.data import load_tasks
     from mas_fast.demo.files import write_together
-    from mas_fast.demo.settings import Settings
 
     start = time.perf_counter()
     changes: dict[str, Any] = {"epochs": QUICK_EPOCHS} if args.quick else {}

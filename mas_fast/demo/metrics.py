@@ -48,7 +48,7 @@ def mean_and_error(values: Sequence[float]) -> dict[str, float | None]:
 
 def interval_95(values: Sequence[float]) -> list[float] | None:
     """Return the 95 % confidence interval of the mean by Student's t, or None for one value."""
-    from scipy.stats import t
+    from scipy.stats import t  # type: ignore[import-untyped]
 
     summary = mean_and_error(values)
     mean, error = summary["mean"], summary["standard_error"]

@@ -23,11 +23,14 @@ class DigitNet(nn.Module):
 
     def forward(self, images: Tensor, task: int) -> Tensor:
         """Return the logits of one task's head: [N, 1, 8, 8] -> [N, 2]."""
+        return self.heads[task](self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the trunk hands to every head: [N, 1, 8, 8] -> [N, 64]."""
         features = F.relu(self.conv1(images))  # [N, 16, 8, 8]
         features = F.relu(self.conv2(features))  # [N, 32, 4, 4]
         features = F.relu(self.conv3(features))  # [N, 32, 2, 2]
-        features = F.relu(self.linear(features.flatten(1)))  # [N, 64]
-        return self.heads[task](features)
+        return F.relu(self.linear(features.flatten(1)))  # [N, 64]
 
 
 def make_network(num_tasks: int, seed: int) -> DigitNet:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """How every method trains; only MAS reads ``lam``.
+    """How the network is trained, the same for every method; only MAS reads ``lam``.
 
-    ``lr`` and ``lam`` are what ``python -m mas_fast.demo.choose`` chose. It holds out a quarter of the training images,
-    uses ten seeds that the demo does not (100 to 109) and never sees a test image. ``lr`` is the one of 0.03, 0.1 and 0.3
-    at which joint training was most accurate, so that neither fine-tuning nor MAS had a say in it; ``lam`` is then the
-    one at which MAS was most accurate after the last task.
+    ``lr`` and ``lam`` are the pair at which MAS was most accurate after the last task in
+    ``python -m mas_fast.demo.choose``, which holds out a quarter of the training images, uses ten seeds that the demo
+    does not (100 to 109) and never sees a test image. There MAS reached 95.1 % at a forgetting of 2.6 points, while
+    fine-tuning had 86.2 % and 16.3 points with the same ``lr``, and 91.2 % and 8.0 points with the one that suits it
+    best, 0.03. The next larger λ, 0.3, diverged: there λ·lr·2Ω oversteps θ*.
 
     Attributes:
         lam: λ.

@@ -1,0 +1,54 @@
+"""The program that one forward ran, as far as it decides where the samples are.
+
+Which rows belong to which sample follows from the calls, their shapes, and the Python numbers and index tensors that say
+where rows go. A layout that was proved for one forward holds for another with the same trace. Anything else, such as
+tokens that are routed by their values or packed by their lengths, gives another trace and is proved afresh.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Calls that move rows to where the values of an integer or boolean tensor say.
+_ROUTES = frozenset(
+    "__getitem__ __setitem__ index_select masked_select gather take take_along_dim index_add index_add_ index_copy "
+    "index_copy_ index_put index_put_ index_reduce index_reduce_ scatter scatter_ scatter_add scatter_add_ scatter_reduce "
+    "scatter_reduce_ masked_scatter masked_scatter_ repeat_interleave segment_reduce _pack_padded_sequence "
+    "_pad_packed_sequence".split()
+)
+
+
+class Trace:
+    """A running hash of the calls of one forward."""
+
+    def __init__(self) -> None:
+        self.key = 0
+
+    def add(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Add a call."""
+        name = getattr(function, "__name__", "")
+        routed = [*args[1:], *kwargs.values()] if name in _ROUTES else []
+        if name in ("embedding", "embedding_bag"):
+            # Rows of data are routed by the ids; rows of a parameter are the same for all samples.
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            routed = [] if any(isinstance(t, nn.Parameter) for t in tensors) else tensors
+        self.key = hash((self.key, function, _form(args), _form(tuple(kwargs.items())), _values(routed)))
+
+
+def _form(value: Any) -> Any:
+    """Return what of an argument decides where rows go, apart from an index tensor's values. Fractions do not."""
+    if isinstance(value, Tensor):
+        return value.shape
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_form, value))
+    if isinstance(value, slice):
+        return _form((value.start, value.stop, value.step))
+    return value if isinstance(value, (int, str, torch.dtype, type(None))) else type(value)
+
+
+def _values(routed: Any) -> Any:
+    if isinstance(routed, Tensor):
+        return None if routed.is_floating_point() or routed.is_complex() else tuple(routed.flatten().tolist())
+    return tuple(map(_values, routed)) if isinstance(routed, (tuple, list)) else None
