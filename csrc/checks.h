@@ -1,4 +1,5 @@
-// Checks that keep the kernels inside their memory. The Python wrappers (mas_fast/kernels/ops.py) have the friendly ones.
+// Checks that keep the kernels inside their memory. The Python wrappers (mas_fast/kernels/ops.py) have the friendly
+// ones.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -25,10 +26,10 @@ inline void check_data(const char* name, const Tensor& data, const Tensor& omega
   STD_TORCH_CHECK(data.is_cpu(), name, " must be on the CPU");
   const ScalarType own = data.scalar_type();
   const bool wide = omega.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(own == type && (wide ? own == ScalarType::Double
-                                       : own == ScalarType::Float || own == ScalarType::BFloat16 ||
-                                             own == ScalarType::Half),
-                  name, " must have the common dtype of the data, float64 exactly where omega is float64");
+  STD_TORCH_CHECK(
+      own == type && (wide ? own == ScalarType::Double
+                           : own == ScalarType::Float || own == ScalarType::BFloat16 || own == ScalarType::Half),
+      name, " must have the common dtype of the data, float64 exactly where omega is float64");
 }
 
 inline void check_shape(const char* name, const Tensor& data, std::initializer_list<int64_t> shape) {

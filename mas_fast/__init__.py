@@ -1,6 +1,6 @@
 """Exact Memory Aware Synapses at the price of one batched backward.
 
-    Ω = (1/N) Σ_n |∂‖F(x_n; θ)‖²/∂θ|        and        L(θ) + λ Σ Ω (θ − θ*)²
+Ω = (1/N) Σ_n |∂‖F(x_n; θ)‖²/∂θ|        and        L(θ) + λ Σ Ω (θ − θ*)²
 """
 
 from mas_fast.coverage import Coverage

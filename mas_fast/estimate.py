@@ -1,7 +1,7 @@
 """estimate_importance: the pass over a data set, and `capture`, the same for people who own their loop."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mas_fast.capture.refuse import Refusing
-from mas_fast.capture.session import Capture
+from mas_fast.capture.session import Capture, uncompiled
 from mas_fast.checks import DTYPES
 from mas_fast.coverage import Coverage
 from mas_fast.errors import CaptureError
@@ -77,13 +77,20 @@ def estimate_importance(
         # An unknown name should not wait for the first batch.
         if isinstance(objective, str):
             sample_objective(objective, torch.zeros(1, 1))
-        independent = forward is not None
+        checked = forward is not None
         for index, batch in enumerate(_with_progress(data, progress)):
             try:
                 batch = tree_map_only(Tensor, _normal, batch)
                 objectives = partial(_objectives, session.model, batch, run, objective)
-                independent = independent or _check_independence(session.model, batch, objectives, objective)
-                session.accumulate(objectives)
+                alone = None if checked else _objectives_alone(session.model, batch, objective)
+                checked = checked or alone is not None
+                if alone is None:
+                    session.accumulate(objectives)
+                else:
+                    seen: list[Tensor] = []
+                    session.accumulate(partial(_remembered, objectives, seen))
+                    # Not during the forward, so that this batch runs the same program as all others.
+                    _compare(seen[-1].detach(), alone)
             except (ValueError, TypeError, CaptureError, FloatingPointError) as error:
                 if type(error) not in (ValueError, TypeError, CaptureError, FloatingPointError):
                     raise
@@ -120,8 +127,8 @@ class Session(Capture):
             raise ValueError("importance must be of at least one sample, got none; call accumulate first")
         if not self.fallback and not any(self.uses.values()):
             raise CaptureError(
-                "objective must depend on the parameters, got none that took part in any forward; see that it does not run "
-                "under torch.no_grad or on other parameters than those selected"
+                "objective must depend on the parameters, got none that took part in any forward; see that it does not "
+                "run under torch.no_grad or on other parameters than those selected"
             )
         rows = [
             Coverage(
@@ -140,6 +147,7 @@ class Session(Capture):
             objective=objective,
             statistic="square" if self.square else "abs",
             scope=self._scope,
+            _own=True,
         )
 
 
@@ -187,9 +195,10 @@ def capture(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     selected = _select_parameters(model, parameters)
-    # Compiled code hides the calls that the rules know; the module inside computes the same.
+    # What the module inside does is the same, and its names are the plain ones.
     inner = getattr(model, "_orig_mod", model)
-    with _left_as_found(inner):
+    # What is made in inference mode can neither be summed into nor be saved for a backward.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), _left_as_found(inner):
         yield Session(
             inner, scope, selected, square=statistic == "square", dtype=dtype, unsupported=unsupported
         )
@@ -269,48 +278,55 @@ def _objectives(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], An
     return values
 
 
-def _check_independence(
-    model: nn.Module, batch: Any, objectives: Callable[[], Tensor], objective: Objective
-) -> bool:
-    """Compare the first and the last sample alone with their batch, where whoever mixes samples shows.
+def _objectives_alone(model: nn.Module, batch: Any, objective: Objective) -> dict[int, Tensor] | None:
+    """Return the objectives of the first and the last sample, each in a batch of its own; None if they cannot be had.
 
     Both, because what runs along the batch as if it were time, forwards or backwards, leaves one end alone.
-
-    Returns:
-        Whether a comparison was possible.
-
-    Raises:
-        CaptureError: The objectives differ.
     """
     tensors = _tensors(batch)
     samples = tensors[0].shape[0] if tensors and tensors[0].dim() else 0
     if samples < 2 or any(t.dim() == 0 or t.shape[0] != samples for t in tensors):
         # Not evidently one row per sample.
-        return False
-    with torch.no_grad(), Refusing(model):
-        together = objectives()
-        if together.shape != (samples,) or not bool(together.isfinite().all()):
-            return False
+        return None
+    alone = {}
+    with torch.no_grad(), uncompiled(), Refusing(model):
         for sample in (0, samples - 1):
-            one = tree_map_only(Tensor, lambda t, sample=sample: t[sample : sample + 1], batch)
+            one = tree_map_only(Tensor, lambda t, sample=sample: t[sample : sample + 1], batch)  # type: ignore[misc]
             try:
-                alone = sample_objective(objective, default_forward(model, one))
+                values = sample_objective(objective, default_forward(model, one))
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 if isinstance(error, CaptureError):
                     raise
                 # A model that cannot take a single sample cannot be asked.
-                return False
-            if alone.shape != (1,):
-                return False
-            # Relative to the batch: an objective near zero is all rounding.
-            scale = torch.maximum(together.abs().mean(), alone[0].abs())
-            if not bool((together[sample] - alone[0]).abs() <= torch.finfo(together.dtype).eps ** 0.5 * scale):
-                raise CaptureError(
-                    f"samples must not influence each other, got objective {float(together[sample]):.6g} for sample {sample} "
-                    f"in its batch and {float(alone[0]):.6g} alone; find what mixes samples or is random in eval mode, or "
-                    "use batches of one sample"
-                )
-    return True
+                return None
+            if values.shape != (1,):
+                return None
+            alone[sample] = values[0]
+    return alone
+
+
+def _remembered(objectives: Callable[[], Tensor], seen: list[Tensor]) -> Tensor:
+    seen.append(objectives())
+    return seen[-1]
+
+
+def _compare(together: Tensor, alone: Mapping[int, Tensor]) -> None:
+    """Compare the objectives of a batch with those alone, where whoever mixes samples shows.
+
+    Raises:
+        CaptureError: They differ.
+    """
+    if len(together) != max(alone) + 1:
+        return
+    for sample, value in alone.items():
+        # Relative to the batch: an objective near zero is all rounding.
+        scale = torch.maximum(together.abs().mean(), value.abs())
+        if not bool((together[sample] - value).abs() <= torch.finfo(together.dtype).eps ** 0.5 * scale):
+            raise CaptureError(
+                f"samples must not influence each other, got objective {float(together[sample]):.6g} for sample "
+                f"{sample} in its batch and {float(value):.6g} alone; find what mixes samples or is random in eval "
+                "mode, or use batches of one sample"
+            )
 
 
 def _tensors(batch: Any) -> list[Tensor]:

@@ -51,8 +51,9 @@ class Importance(Mapping[str, Tensor]):
         objective: str | Callable[..., object] = "l2_squared",
         statistic: str = "abs",
         scope: str = "global",
+        _own: bool = False,
     ) -> None:
-        """Copy `mapping`; nothing of it is kept.
+        """Copy `mapping`; nothing of it is kept, unless the package itself gives its tensors away (`_own`).
 
         Args:
             mapping: Ω by parameter name, means over `num_samples`; float16, bfloat16, float32 or float64.
@@ -69,7 +70,8 @@ class Importance(Mapping[str, Tensor]):
         """
         _check_tensors(mapping)
         self._tensors = {
-            name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in mapping.items()
+            name: tensor.detach() if _own else tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in mapping.items()
         }
         self.num_samples = _checked_count(num_samples)
         self.objective = objective_name(objective)

@@ -71,7 +71,9 @@ def output_tensor(output: Any) -> Tensor:
     for candidate in (output, getattr(output, "logits", None), getattr(output, "last_hidden_state", None)):
         if isinstance(candidate, Tensor):
             if candidate.dim() == 0:
-                raise ValueError("output must have the samples on its first axis, got a scalar; return one row per sample")
+                raise ValueError(
+                    "output must have the samples on its first axis, got a scalar; return one row per sample"
+                )
             return candidate
     raise TypeError(
         f"output must be a tensor or have .logits or .last_hidden_state, got {_describe(output)}; "
@@ -106,7 +108,9 @@ def sample_objective(objective: str | Callable[[Any], Tensor], output: Any) -> T
     if values.shape[0] == 0:
         raise ValueError("batch must hold at least one sample, got an objective of shape [0]")
     if not values.is_floating_point():
-        raise TypeError(f"objective must be real floating-point, got {values.dtype}; for complex outputs, use their abs()")
+        raise TypeError(
+            f"objective must be real floating-point, got {values.dtype}; for complex outputs, use their abs()"
+        )
     return values
 
 
@@ -134,13 +138,15 @@ def importance_loop(
     Returns:
         Name -> Ω, in the dtype of the (converted) parameters, for every parameter that requires a gradient.
     """
-    model = copy.deepcopy(model).eval()
-    if dtype is not None:
-        model = model.to(dtype)
-        batch = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    omega = {name: torch.zeros_like(p) for name, p in parameters.items()}
     with torch.inference_mode(False), torch.enable_grad():
+        model = copy.deepcopy(model).eval()
+        # What was made in inference mode cannot be saved for a backward; a clone can.
+        batch = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, batch)
+        if dtype is not None:
+            model = model.to(dtype)
+            batch = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        omega = {name: torch.zeros_like(p) for name, p in parameters.items()}
         objectives = sample_objective(objective, (forward or default_forward)(model, batch))
         for value in objectives:
             gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)

@@ -212,7 +212,10 @@ def _d(width, *shape):
 # name -> builder of (model, batch); every parameter must be served by a rule
 DIRECT = {
     "mlp": lambda: (nn.Sequential(nn.Linear(7, 9), nn.ReLU(True), nn.Linear(9, 3)), torch.randn(6, 7)),
-    "mlp_no_bias_wide": lambda: (nn.Sequential(nn.Linear(40, 70, bias=False), nn.Tanh(), nn.Linear(70, 33)), torch.randn(6, 40)),
+    "mlp_no_bias_wide": lambda: (
+        nn.Sequential(nn.Linear(40, 70, bias=False), nn.Tanh(), nn.Linear(70, 33)),
+        torch.randn(6, 40),
+    ),
     "convnet": lambda: (convnet(), images()),
     "resnet": lambda: (resnet(), images()),
     "norms": lambda: (norms(), images()),
@@ -227,7 +230,10 @@ DIRECT = {
         for axes in (1, 2, 3)
         for mode in ("zeros", "reflect", "replicate", "circular")
     },
-    "conv_same_even_kernel": lambda: (nn.Sequential(nn.Conv2d(3, 4, (2, 4), padding="same", dilation=(1, 3))), images()),
+    "conv_same_even_kernel": lambda: (
+        nn.Sequential(nn.Conv2d(3, 4, (2, 4), padding="same", dilation=(1, 3))),
+        images(),
+    ),
     "gpt2_addmm": lambda: (
         Lambda(hf_conv1d, tokens=nn.Embedding(11, 6), w=_d(8, 6), b=torch.randn(8), v=_d(5, 8)),
         torch.randint(0, 11, (4, 5)),
@@ -281,7 +287,10 @@ DIRECT = {
         Lambda(frames, conv=nn.Conv2d(3, 6, 3), norm=nn.GroupNorm(2, 6), head=nn.Linear(6, 2)),
         torch.randn(4, 3, 3, 6, 6),
     ),
-    "matmul_transposed_view": lambda: (Lambda(lambda m, x: torch.tanh(x @ m.w.T) @ m.v.mT, w=_d(5, 8), v=_d(8, 3)), torch.randn(6, 5)),
+    "matmul_transposed_view": lambda: (
+        Lambda(lambda m, x: torch.tanh(x @ m.w.T) @ m.v.mT, w=_d(5, 8), v=_d(8, 3)),
+        torch.randn(6, 5),
+    ),
     "shared_ids_gather": lambda: (
         Lambda(lambda m, x: x + m.table[torch.tensor([3, 0, 2])], table=_d(5, 4)),
         torch.randn(6, 3, 5),

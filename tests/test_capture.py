@@ -159,4 +159,6 @@ def test_second_derivative_is_refused():
         return g
 
     with pytest.raises(CaptureError, match="second derivatives"):
-        estimate_importance(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)), [torch.randn(4, 3)], forward=forward)
+        estimate_importance(
+            nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)), [torch.randn(4, 3)], forward=forward
+        )

@@ -32,14 +32,14 @@ void run(MaybeTensor& weight, MaybeTensor& bias, const Tensor& delta, const Mayb
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, samples * R * S * step));
   torch::stable::parallel_for(0, ceil_div(K, step), grain, [&](int64_t begin, int64_t end) {
     for (int64_t n = 0; n < samples; ++n) {
-      kernel.affine(input_type(delta), sample_of(delta, n), sample_of(x, n), sample_of(mean, n), sample_of(rstd, n), R, S,
-                    begin * step, std::min(end * step, K), magnitude_of_statistic(square), w, b);
+      kernel.affine(input_type(delta), sample_of(delta, n), sample_of(x, n), sample_of(mean, n), sample_of(rstd, n), R,
+                    S, begin * step, std::min(end * step, K), magnitude_of_statistic(square), w, b);
     }
   });
 }
 
-void accumulate_affine_(MaybeTensor omega_weight, MaybeTensor omega_bias, const Tensor grad_output, const MaybeTensor input,
-                        const MaybeTensor mean, const MaybeTensor rstd, bool square) {
+void accumulate_affine_(MaybeTensor omega_weight, MaybeTensor omega_bias, const Tensor grad_output,
+                        const MaybeTensor input, const MaybeTensor mean, const MaybeTensor rstd, bool square) {
   STD_TORCH_CHECK(omega_weight || omega_bias, "omega_weight or omega_bias must be a tensor");
   const Tensor& omega = omega_weight ? *omega_weight : *omega_bias;
   STD_TORCH_CHECK(grad_output.dim() == 4, "grad_output must have 4 axes, got ", grad_output.dim());

@@ -1,8 +1,9 @@
 // Ω[o, c, *k] += Σ_n |Σ_p δ[n,o,p] x[n,c,p·stride + k·dilation − padding]| over one, two or three axes.
 //
-// An implicit matrix product. Per chunk of samples, x is copied once to channels-last with its zero margin, so that the entry
-// of x for position p and kernel entry k stands at base[p] + offset[k] + c. Panels of at most tile_columns (k, c) pairs are
-// gathered from there, a thread's own at a time: the unfolded batch never exists. Depthwise convolutions sum directly.
+// An implicit matrix product. Per chunk of samples, x is copied once to channels-last with its zero margin, so that the
+// entry of x for position p and kernel entry k stands at base[p] + offset[k] + c. Panels of at most tile_columns (k, c)
+// pairs are gathered from there, a thread's own at a time: the unfolded batch never exists. Depthwise convolutions sum
+// directly.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -105,7 +106,8 @@ std::vector<int64_t> kernel_offsets(const Geometry& g) {
 
 // δ of one sample as [p, o]; joins the output axes, which must lie as in a contiguous tensor up to one common stride.
 Matrix delta_matrix(const Tensor& delta, int64_t n, int64_t output) {
-  return {element(delta, n * delta.stride(0) + output * delta.stride(1)), delta.stride(delta.dim() - 1), delta.stride(1)};
+  return {element(delta, n * delta.stride(0) + output * delta.stride(1)), delta.stride(delta.dim() - 1),
+          delta.stride(1)};
 }
 
 template <class T>
@@ -116,7 +118,7 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
   const TiledShape shape{delta.size(0), g.positions(), g.groups, group_outputs, columns};
   const std::vector<int64_t> base = position_bases(g), offset = kernel_offsets(g);
   const int64_t image = g.padded_positions() * C;
-  const int64_t chunk = std::clamp<int64_t>(kChunkRows / std::max<int64_t>(1, shape.rows), 1, std::max<int64_t>(1, shape.samples));
+  const int64_t chunk = chunk_samples<T>(shape);
   const Scratch<T> images(chunk * image);
   int64_t chunk_first = 0;
 
@@ -131,8 +133,9 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
     kernel.pack(input_type(delta), delta_matrix(delta, n, group * group_outputs + first), shape.rows,
                 std::min(width, group_outputs - first), width, Magnitude::kPlain, dst);
   };
-  // Columns are (kernel entry, channel) pairs. Channels stand together in the images, kernel entries in Ω: going through
-  // the kernel for one panel's worth of channels at a time reads vectors there and stays within few cache lines here.
+  // Columns are (kernel entry, channel) pairs. Channels stand together in the images, kernel entries in Ω: going
+  // through the kernel for one panel's worth of channels at a time reads vectors there and stays within few cache lines
+  // here.
   std::vector<int64_t> image_offset, omega_offset;
   for (int64_t first = 0; first < group_channels; first += kernel.tile_columns) {
     for (int64_t k = 0; k < K; ++k) {
@@ -142,11 +145,12 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
       }
     }
   }
-  // Channels in whole vectors are read where they are; the last vectors of the last panel read once more what counts nowhere.
+  // Channels in whole vectors are read where they are; the last vectors of the last panel read once more what counts
+  // nowhere.
   const bool in_place = group_channels % kernel.lanes == 0;
   while (in_place && int64_t(image_offset.size()) % kernel.tile_columns) image_offset.push_back(image_offset.front());
-  const auto panel_of_x = [&](int64_t group, int64_t first_sample, int64_t count, int64_t row, int64_t rows, int64_t first,
-                              T* dst) {
+  const auto panel_of_x = [&](int64_t group, int64_t first_sample, int64_t count, int64_t row, int64_t rows,
+                              int64_t first, T* dst) {
     const T* from = images.get() + (first_sample - chunk_first) * image + group * group_channels;
     if (in_place) return PanelOfX<T>{from, image, base.data() + row, image_offset.data() + first};
     for (int64_t n = 0; n < count; ++n) {
@@ -172,8 +176,9 @@ void run_depthwise(Tensor& omega, const Geometry& g, const Tensor& delta, const 
   const int64_t step = std::min<int64_t>(C, 64 / int64_t(sizeof(T)));
   for (int64_t n = 0; n < delta.size(0); ++n) {
     copy_padded(g, x, n, images.get());
-    kernel.transpose(input_type(delta), {delta_matrix(delta, n, 0).data, delta.stride(1), delta.stride(delta.dim() - 1)}, C,
-                     P, deltas.get(), C);
+    kernel.transpose(input_type(delta),
+                     {delta_matrix(delta, n, 0).data, delta.stride(1), delta.stride(delta.dim() - 1)}, C, P,
+                     deltas.get(), C);
     torch::stable::parallel_for(0, ceil_div(C, step), 1, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin * step; c < std::min(end * step, C); c += step) {
         const int64_t width = std::min(step, C - c);
@@ -208,8 +213,8 @@ void accumulate_conv_(Tensor omega, const Tensor grad_output, const Tensor input
   check_omega("omega", omega, axes + 2);
   check_data("grad_output", grad_output, omega, grad_output.scalar_type());
   check_data("input", input, omega, grad_output.scalar_type());
-  STD_TORCH_CHECK(grad_output.dim() == axes + 2 && input.dim() == axes + 2, "grad_output and input must have ", axes + 2,
-                  " axes");
+  STD_TORCH_CHECK(grad_output.dim() == axes + 2 && input.dim() == axes + 2, "grad_output and input must have ",
+                  axes + 2, " axes");
   STD_TORCH_CHECK(int64_t(stride.size()) == axes && int64_t(padding.size()) == axes && int64_t(dilation.size()) == axes,
                   "stride, padding and dilation must have one number per axis");
   STD_TORCH_CHECK(groups > 0 && omega.size(0) % groups == 0 && input.size(1) == omega.size(1) * groups &&
@@ -219,14 +224,11 @@ void accumulate_conv_(Tensor omega, const Tensor grad_output, const Tensor input
   const Geometry g = geometry_of(omega, grad_output, input, stride, padding, dilation, groups);
   const Tensor delta = positions_joined(grad_output) ? grad_output : torch::stable::contiguous(grad_output);
   const bool depthwise = omega.size(1) == 1 && g.outputs == g.channels;
-  with_omega_type(omega, [&]<class T>() {
-    (depthwise ? run_depthwise<T> : run_tiled<T>)(omega, g, delta, input, square);
-  });
+  with_omega_type(omega,
+                  [&]<class T>() { (depthwise ? run_depthwise<T> : run_tiled<T>)(omega, g, delta, input, square); });
 }
 
 }  // namespace
 }  // namespace mas_fast::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(mas_fast, CPU, m) {
-  m.impl("accumulate_conv_", TORCH_BOX(&mas_fast::cpu::accumulate_conv_));
-}
+STABLE_TORCH_LIBRARY_IMPL(mas_fast, CPU, m) { m.impl("accumulate_conv_", TORCH_BOX(&mas_fast::cpu::accumulate_conv_)); }

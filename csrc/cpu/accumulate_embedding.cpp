@@ -45,7 +45,8 @@ void run(Tensor& omega, const Tensor& delta, const Tensor& ids, int64_t padding_
     const int64_t column = begin * line, columns = std::min(end * line, width) - column;
     for (int64_t n = 0; n < samples; ++n) {
       const int64_t* row = order.data() + n * positions;
-      const Matrix rows{element(delta, n * delta.stride(0) + column * delta.stride(2)), delta.stride(1), delta.stride(2)};
+      const Matrix rows{element(delta, n * delta.stride(0) + column * delta.stride(2)), delta.stride(1),
+                        delta.stride(2)};
       for (int64_t t = 0; t < positions;) {
         const int64_t v = id_at(n, row[t]);
         int64_t run_end = t + 1;

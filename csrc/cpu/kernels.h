@@ -1,7 +1,7 @@
 // The inner loops of the CPU ops, compiled once per instruction set and chosen at run time (dispatch.cpp).
 //
-// Letters: N samples, T positions ("rows") per sample, O outputs, I inputs ("columns"), K entries of a vector parameter.
-// Everything here works on raw memory: shapes, threads and dispatch are the business of the op files.
+// Letters: N samples, T positions ("rows") per sample, O outputs, I inputs ("columns"), K entries of a vector
+// parameter. Everything here works on raw memory: shapes, threads and dispatch are the business of the op files.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,8 @@ struct Kernels {
   // tile[o, i] += Σ_n magnitude(Σ_t delta[n, t, o] x[n, t, i]); panels are packed, tile is [tile_rows, tile_columns].
   void (*tile)(const T* delta, const T* x, int64_t samples, int64_t rows, Magnitude magnitude, T* tile);
 
-  // The same with x[n * sample_stride + base[t] + offset[i]]; every vector of `lanes` columns must have consecutive offsets.
+  // The same with x[n * sample_stride + base[t] + offset[i]]; every vector of `lanes` columns must have consecutive
+  // offsets.
   void (*tile_in_place)(const T* delta, const T* x, int64_t sample_stride, const int64_t* base, const int64_t* offset,
                         int64_t samples, int64_t rows, Magnitude magnitude, T* tile);
 
@@ -58,7 +59,8 @@ struct Kernels {
   void (*affine)(Input type, Volume delta, Volume x, Volume mean, Volume rstd, int64_t R, int64_t S, int64_t k_begin,
                  int64_t k_end, Magnitude magnitude, T* weight, T* bias);
 
-  // omega[c] += magnitude(Σ_j rows[index[j], c]) for c < columns: the positions of one sample that share an embedding row.
+  // omega[c] += magnitude(Σ_j rows[index[j], c]) for c < columns: the positions of one sample that share an embedding
+  // row.
   void (*gather)(Input type, Matrix rows, const int64_t* index, int64_t count, int64_t columns, Magnitude magnitude,
                  T* omega);
 };

@@ -158,7 +158,8 @@ void pack(Input type, Matrix src, int64_t rows, int64_t columns, int64_t width, 
 
 // dst[r, c] = x[base[r] + offset[c]], in vectors where the offsets of a vector's columns follow each other.
 template <class T, int NV>
-void pick(const T* __restrict x, const int64_t* base, int64_t rows, const int64_t* offset, int64_t columns, T* __restrict dst) {
+void pick(const T* __restrict x, const int64_t* base, int64_t rows, const int64_t* offset, int64_t columns,
+          T* __restrict dst) {
   constexpr int64_t W = kWidth<T>;
   for (int v = 0; v < NV; ++v) {
     const int64_t* own = offset + v * W;
@@ -227,9 +228,7 @@ void tile_for(const T* __restrict delta, const Source source, int64_t samples, i
 
 template <class T, int MR, int NV>
 void tile(const T* delta, const T* x, int64_t samples, int64_t rows, Magnitude m, T* tile) {
-  with_magnitude(m, [&]<Magnitude M>() {
-    tile_for<T, MR, NV, M, Packed<T, NV>>(delta, {x}, samples, rows, tile);
-  });
+  with_magnitude(m, [&]<Magnitude M>() { tile_for<T, MR, NV, M, Packed<T, NV>>(delta, {x}, samples, rows, tile); });
 }
 
 template <class T, int MR, int NV>
@@ -237,9 +236,7 @@ void tile_in_place(const T* delta, const T* x, int64_t sample_stride, const int6
                    int64_t samples, int64_t rows, Magnitude m, T* tile) {
   InPlace<T, NV> source{x, sample_stride, base, {}};
   for (int v = 0; v < NV; ++v) source.offset[v] = offset[v * kWidth<T>];
-  with_magnitude(m, [&]<Magnitude M>() {
-    tile_for<T, MR, NV, M, InPlace<T, NV>>(delta, source, samples, rows, tile);
-  });
+  with_magnitude(m, [&]<Magnitude M>() { tile_for<T, MR, NV, M, InPlace<T, NV>>(delta, source, samples, rows, tile); });
 }
 
 template <class T>
@@ -259,8 +256,8 @@ inline Vector<T> zip(Vector<T> a, Vector<T> b) {
   constexpr int W = kWidth<T>, H = HIGH ? W / 2 : 0;
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
   if constexpr (W == 16) {
-    return __builtin_shufflevector(a, b, H, H + W, H + 1, H + 1 + W, H + 2, H + 2 + W, H + 3, H + 3 + W, H + 4, H + 4 + W,
-                                   H + 5, H + 5 + W, H + 6, H + 6 + W, H + 7, H + 7 + W);
+    return __builtin_shufflevector(a, b, H, H + W, H + 1, H + 1 + W, H + 2, H + 2 + W, H + 3, H + 3 + W, H + 4,
+                                   H + 4 + W, H + 5, H + 5 + W, H + 6, H + 6 + W, H + 7, H + 7 + W);
   } else if constexpr (W == 8) {
     return __builtin_shufflevector(a, b, H, H + W, H + 1, H + 1 + W, H + 2, H + 2 + W, H + 3, H + 3 + W);
   } else if constexpr (W == 4) {

@@ -1,10 +1,11 @@
-// Ω[o, i] += Σ_n |Σ_t δ[n,t,o] x[n,t,i]| for everything that looks like a matrix product: linear layers and convolutions.
+// Ω[o, i] += Σ_n |Σ_t δ[n,t,o] x[n,t,i]| for everything that looks like a matrix product: linear layers and
+// convolutions.
 //
-// Ω is divided among the threads, so nothing is reduced between them and the result does not depend on their number. A thread
-// packs a panel of x (tile_columns wide) for some samples, and runs it against all panels of δ, packed once for all threads.
-// A register tile takes a sample's sum over t and is added, as |·|, to a tile in L1, which goes to Ω at the end.
-// Work: N·T·O·I multiply-adds, plus 2·N·O·I operations for |·|. Memory: δ of a chunk of samples, and a panel per thread;
-// never a product of N and |θ|.
+// Ω is divided among the threads, so nothing is reduced between them and the result does not depend on their number. A
+// thread packs a panel of x (tile_columns wide) for some samples, and runs it against all panels of δ, packed once for
+// all threads. A register tile takes a sample's sum over t and is added, as |·|, to a tile in L1, which goes to Ω at
+// the end. Work: N·T·O·I multiply-adds, plus 2·N·O·I operations for |·|. Memory: δ of a chunk of samples, and a panel
+// per thread; never a product of N and |θ|.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,14 +18,24 @@ namespace mas_fast::cpu {
 
 // Positions per packed panel: 1024 rows of 32 floats are 128 KiB, a fraction of the L2 of the machines of today.
 constexpr int64_t kChunkRows = 1024;
+// Packed δ of a chunk, unless a single sample has more.
+constexpr int64_t kChunkBytes = 1 << 20;
 // Tasks per thread, so that uneven ones even out.
 constexpr int64_t kTasksPerThread = 4;
 
 struct TiledShape {
-  int64_t samples, rows;      // N, T
-  int64_t groups;             // independent products
-  int64_t outputs, columns;   // O and I of one group
+  int64_t samples, rows;     // N, T
+  int64_t groups;            // independent products
+  int64_t outputs, columns;  // O and I of one group
 };
+
+// Samples that are packed and multiplied together.
+template <class T>
+int64_t chunk_samples(const TiledShape& shape) {
+  const int64_t sample_bytes = shape.rows * shape.groups * shape.outputs * int64_t(sizeof(T));
+  const int64_t most = std::min(kChunkRows / shape.rows, kChunkBytes / sample_bytes);
+  return std::clamp<int64_t>(most, 1, shape.samples);
+}
 
 // Where a panel of x is: packed at x, or, with a base, in place as Kernels::tile_in_place reads it.
 template <class T>
@@ -42,18 +53,19 @@ void run_tile(const T* delta, const PanelOfX<T>& panel, int64_t samples, int64_t
 }
 
 // pack_delta(group, sample, output, dst) writes a packed panel of one sample's δ, zero beyond the group's edge.
-// panel_of_x(group, sample, samples, row, rows, column, dst) says where a panel of x is, after packing it to dst if need be.
-// omega_row(group, output) is the address of a row of Ω; its columns stand at column_offset[column], or side by side if that
-// is null. prepare(sample, samples) is called, on one thread, before a chunk of samples.
+// panel_of_x(group, sample, samples, row, rows, column, dst) says where a panel of x is, after packing it to dst if
+// need be. omega_row(group, output) is the address of a row of Ω; its columns stand at column_offset[column], or side
+// by side if that is null. prepare(sample, samples) is called, on one thread, before a chunk of samples.
 template <class T, class PackDelta, class FindX, class OmegaRow, class Prepare>
-void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDelta& pack_delta, const FindX& panel_of_x,
-                      const OmegaRow& omega_row, const int64_t* column_offset, const Prepare& prepare) {
+void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDelta& pack_delta,
+                      const FindX& panel_of_x, const OmegaRow& omega_row, const int64_t* column_offset,
+                      const Prepare& prepare) {
   const Kernels<T>& kernel = kernels_for<T>();
   const int64_t MR = kernel.tile_rows, NR = kernel.tile_columns;
   const int64_t output_panels = ceil_div(shape.outputs, MR), column_panels = ceil_div(shape.columns, NR);
   if (shape.samples * shape.rows * shape.groups * output_panels * column_panels == 0) return;
 
-  const int64_t chunk = std::clamp<int64_t>(kChunkRows / shape.rows, 1, shape.samples);
+  const int64_t chunk = chunk_samples<T>(shape);
   const int64_t block = std::min(shape.rows, kChunkRows);  // a long sample is walked in blocks of rows
   const int64_t wanted = kTasksPerThread * int64_t(torch::stable::get_num_threads());
   const int64_t output_blocks = std::clamp<int64_t>(ceil_div(wanted, shape.groups * column_panels), 1, output_panels);

@@ -43,7 +43,9 @@ class Binding:
 
     rule: str
     roles: Mapping[str, Tensor | None]  # arguments that may be parameters
-    saved: tuple[Any, ...]  # what `accumulate` needs of the forward; tensors among it are guarded against in-place changes
+    saved: tuple[
+        Any, ...
+    ]  # what `accumulate` needs of the forward; tensors among it are guarded against in-place changes
     accumulate: Accumulate
     # (shape of the output, shape of the parameter) -> the axes of the output that may hold the samples
     axes: Callable[[torch.Size, torch.Size], Iterable[int]]

@@ -86,8 +86,12 @@ def _quotient_factor(role: str, left: Tensor, right: Tensor) -> Tensor:
     return right.reciprocal() if role == "left" else left / right / right
 
 
-def _register(name: str, functions: Sequence[str], factor: Factor | None, inplace: bool = False, swapped: bool = False) -> None:
-    def bind(input: Any, other: Any, *, alpha: float = 1, rounding_mode: str | None = None, out: Any = None) -> Binding | None:
+def _register(
+    name: str, functions: Sequence[str], factor: Factor | None, inplace: bool = False, swapped: bool = False
+) -> None:
+    def bind(
+        input: Any, other: Any, *, alpha: float = 1, rounding_mode: str | None = None, out: Any = None
+    ) -> Binding | None:
         if not (isinstance(input, Tensor) and isinstance(other, Tensor)):
             return None
         if alpha != 1 or rounding_mode is not None or out is not None:
@@ -131,4 +135,3 @@ def repeat(input: Tensor, *repeats: Any) -> Binding | None:
     if any(size != 1 and count != 1 for size, count in zip(input.shape, own, strict=True)):
         return None
     return _bind("expand", {"input": input})
-

@@ -91,9 +91,7 @@ def _bind(
         rule=f"conv{axes}d",
         roles={"weight": weight, "bias": bias},
         saved=(x,),
-        accumulate=partial(
-            _accumulate, stride=stride, padding=_sizes(padding, axes), dilation=dilation, groups=groups
-        ),
+        accumulate=partial(_accumulate, stride=stride, padding=_sizes(padding, axes), dilation=dilation, groups=groups),
         axes=lambda *_: range(leading),
     )
 

@@ -12,11 +12,12 @@ from mas_fast.capture.binding import Binding, Delta, rule
 from mas_fast.kernels import ops
 
 
-def _accumulate(omega: Mapping[str, Tensor], delta: Delta, saved: tuple[Any, ...], square: bool, transposed: bool) -> None:
-    (x,) = saved
+def _accumulate(
+    omega: Mapping[str, Tensor], delta: Delta, saved: tuple[Any, ...], square: bool, transposed: bool
+) -> None:
     grad_output = delta.positions(delta.value)  # [N, T, O]
     if "weight" in omega:
-        x = delta.positions(x)  # [N, T, I]
+        x = delta.positions(saved[0])  # [N, T, I]
         weight = omega["weight"].mT if transposed else omega["weight"]
         ops.accumulate_linear_(weight, grad_output, x, square)
     if "bias" in omega:

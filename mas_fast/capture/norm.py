@@ -24,7 +24,6 @@ def _accumulate(
     rows: Callable[[Tensor], Tensor],
     statistics: Statistics,
 ) -> None:
-    x, *_ = saved
     grad_output = rows(delta.split(delta.value))  # [N, R, K, S]
     with ExitStack() as stack:
         weight, bias = (
@@ -33,7 +32,7 @@ def _accumulate(
         if weight is None:
             ops.accumulate_affine_(None, bias, grad_output, square=square)
             return
-        x = rows(delta.split(x))
+        x = rows(delta.split(saved[0]))
         mean, rstd = statistics(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
         ops.accumulate_affine_(weight, bias, grad_output, x, mean, rstd, square)
 

@@ -33,10 +33,10 @@ def refuse(model: nn.Module | None, function: Any, args: Sequence[Any], kwargs: 
 
     if function in _BATCH_NORMS:
         if argument(5, "training") and argument(0, "input").shape[0] > 1:
+            name = _batch_norm_name(model, argument(_BATCH_NORMS[function], "weight"))
             raise CaptureError(
-                f"{_batch_norm_name(model, argument(_BATCH_NORMS[function], 'weight'))} normalises with the statistics of "
-                "the batch, so its samples influence each other and no per-sample gradient exists; use running statistics "
-                "(track_running_stats=True), or batches of one sample"
+                f"{name} normalises with the statistics of the batch, so its samples influence each other and no "
+                "per-sample gradient exists; use running statistics (track_running_stats=True), or batches of one sample"
             )
     elif function in _MAX_NORMS and argument(3, "max_norm") is not None:
         raise CaptureError(

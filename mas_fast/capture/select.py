@@ -84,8 +84,8 @@ def select(
         results: What the call returned.
 
     Returns:
-        The results, tracked; None if an entry was picked twice, so that its uses would have to be summed before |·|, or if
-        the call does not work on Ω, whose memory may be laid out otherwise than the parameter's.
+        The results, tracked; None if an entry was picked twice, so that its uses would have to be summed before |·|, or
+        if the call does not work on Ω, whose memory may be laid out otherwise than the parameter's.
     """
 
     def tracked(result: Tensor, omega: Tensor, numbers: Callable[[], Tensor], fold: Callable[[], None] | None) -> Tracked:

@@ -5,10 +5,12 @@ moves entries, and, for everything else, one backward per sample for that parame
 after every forward the graph is searched for uses that no rule saw.
 """
 
+import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -33,6 +35,12 @@ class _Phase(Enum):
     PROVE = auto()  # backward of Σ objective_n: compare fingerprints only
     LOOP = auto()  # backward of single samples
     ADD = auto()  # backward of Σ objective_n: prove and accumulate
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled functions as they are written: compiled code hides the calls that the rules know."""
+    # Importing torch._dynamo takes seconds; while nobody has, nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class Capture:
@@ -73,6 +81,8 @@ class Capture:
         self._sites: dict[SiteKey, Site] = {}
         self._disjoint: set[tuple[Hashable, str]] = set()  # (trace, name) of uses that share no entry
         self._broken = False  # an error came after some of a batch had been added
+        self._weighed: _Weighed | None = None  # left by a forward for the next one of the same batch
+        self._one_graph = False  # prove on one graph: the forwards of this batch differ
 
     def accumulate(self, objectives: Callable[[], Tensor]) -> int:
         """Run a batch and add its samples' magnitudes to the sums.
@@ -91,7 +101,8 @@ class Capture:
         self.check_whole()
         pending = set(self.parameters)
         samples = 0
-        with torch.inference_mode(False), torch.enable_grad():
+        self._weighed, self._one_graph = None, False
+        with torch.inference_mode(False), torch.enable_grad(), uncompiled():
             while pending:
                 forward = _Forward(self, pending)
                 try:
@@ -114,7 +125,9 @@ class Capture:
             CaptureError: It did.
         """
         if self._broken:
-            raise CaptureError("an error ended this capture in the middle of a batch, so its sums are of no use; start another")
+            raise CaptureError(
+                "capture must not go on after an error in the middle of a batch, got sums with a part of it; start another"
+            )
 
     def _list_fallback(self) -> str:
         lines = [
@@ -130,7 +143,14 @@ class Capture:
         totals = torch.stack([total.sum().double().cpu() for total in self.sums.values()])
         if not bool(totals.isfinite().all()):
             bad = [name for name, total in zip(self.sums, totals, strict=True) if not bool(total.isfinite())]
-            raise FloatingPointError(f"gradient must be finite, got inf or nan in {', '.join(bad)}")
+            raise FloatingPointError(_not_finite(bad))
+
+
+class _Weighed(NamedTuple):
+    """The fingerprints of the weighted δ that a forward left behind."""
+
+    program: Hashable
+    fingerprints: list[Fingerprint | None]  # by tap
 
 
 class _Forward(TorchFunctionMode):
@@ -144,7 +164,9 @@ class _Forward(TorchFunctionMode):
         self.tracked: dict[int, Tracked] = {}
         self.taps: list[Tap] = []
         self.counts: dict[tuple[str, tuple[str, ...]], int] = {}
+        self.infinite: set[str] = set()  # parameters whose δ holds inf or nan
         self.again = False  # a call turned out to be understood wrongly
+        self.weighed_elsewhere = False  # the weighted δ comes from another forward
         self.phase = _Phase.IDLE
         self.samples = 0
         self.weights = torch.empty(0)
@@ -204,8 +226,10 @@ class _Forward(TorchFunctionMode):
         used = {}
         for a in (*args, *kwargs.values()):
             for t in a if isinstance(a, (tuple, list)) else (a,):
-                if id(t) in self.tracked:
-                    used[id(t)] = self.tracked[id(t)]
+                source = self.tracked.get(id(t))
+                # What an earlier call of this forward gave up must stay in the graph for the loop.
+                if source is not None and source.name not in self.capture.fallback:
+                    used[id(t)] = source
         return used
 
     def _site(self, func: Any, used: Mapping[int, Tracked], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Site:
@@ -286,7 +310,7 @@ class _Forward(TorchFunctionMode):
             )
         if not bool(values.isfinite().all()):
             row = int((~values.detach().isfinite()).nonzero()[0])
-            raise FloatingPointError(f"objective must be finite, got {float(values[row])} for sample {row}")
+            raise FloatingPointError(f"objective must be finite, got {float(values[row].detach())} for sample {row}")
 
     def _find_unseen(self, values: Tensor) -> None:
         """Give up on parameters that the graph reaches past every tap: used where no torch function shows them."""
@@ -329,8 +353,9 @@ class _Forward(TorchFunctionMode):
             tap.layout = tap.site.layouts.get(self.program)
         unproven = [tap for tap in self.taps if not self._proven(tap)]
         if unproven:
-            self.weights = sample_weights(self.samples, values)
-            self._sweep(values, _Phase.WEIGH, self.weights)
+            if not self._weigh(values):
+                self.left = self.pending
+                return
             if any(capture.uses[source.name] > 1 for tap in unproven for source in tap.roles.values()):
                 # A parameter with several calls is added for all of them or for none.
                 self._sweep(values, _Phase.PROVE, torch.ones_like(values))
@@ -340,7 +365,7 @@ class _Forward(TorchFunctionMode):
         capture._broken = True  # until the whole batch is added
         if looped and capture.unsupported == "loop":
             self._loop(values, looped)
-        self._sweep(values, _Phase.ADD, torch.ones_like(values))
+        self._sweep(values, _Phase.ADD, torch.ones_like(values), keep=False)
         for fold in {id(s.fold): s.fold for tap in self.taps for s in tap.roles.values() if s.fold}.values():
             fold()
         for tap in self.taps:
@@ -348,14 +373,36 @@ class _Forward(TorchFunctionMode):
                 if source.name not in self.left:
                     capture.rules[source.name] = tap.rule if source.whole else f"{tap.rule} of a selection"
 
-    def _sweep(self, values: Tensor, phase: _Phase, seed: Tensor) -> None:
+    def _weigh(self, values: Tensor) -> bool:
+        """See to it that taps have the fingerprints of the weighted δ; return False if another forward is needed for that.
+
+        The weighted backward usually gets a forward of its own: on one graph for both, all of it would stay in memory during
+        the first. A model that does not run the same way twice gets both on one graph.
+        """
+        capture = self.capture
+        weighed, capture._weighed = capture._weighed, None
+        self.weights = sample_weights(self.samples, values)
+        if weighed is not None and weighed.program == self.program:
+            self.weighed_elsewhere = True
+            for tap, fingerprint in zip(self.taps, weighed.fingerprints, strict=True):
+                tap.weighted = fingerprint
+            return True
+        keep = capture._one_graph or weighed is not None
+        self._sweep(values, _Phase.WEIGH, self.weights, keep=keep)
+        if not keep:
+            capture._weighed = _Weighed(self.program, [tap.weighted for tap in self.taps])
+        return keep
+
+    def _sweep(self, values: Tensor, phase: _Phase, seed: Tensor, keep: bool = True) -> None:
         """Run a backward to the taps and no further: no parameter's gradient is formed."""
         self.phase = phase
         try:
             # Without grad_outputs, for which torch imports 480 modules of its symbolic shapes.
-            torch.autograd.grad((values * seed).sum(), self.token, retain_graph=phase is not _Phase.ADD, allow_unused=True)
+            torch.autograd.grad((values * seed).sum(), self.token, retain_graph=keep, allow_unused=True)
         finally:
             self.phase = _Phase.IDLE
+        if self.infinite:
+            raise FloatingPointError(_not_finite([name for name in self.capture.parameters if name in self.infinite]))
 
     def _loop(self, values: Tensor, names: Sequence[str]) -> None:
         capture = self.capture
@@ -396,7 +443,9 @@ class _Forward(TorchFunctionMode):
                 return
             if fingerprint.vanishes():
                 return
-            self._refuse_infinite(tap, fingerprint)
+            if not all(bool(scale.isfinite().all()) for scale in fingerprint.scales.values()):
+                self.infinite.update(source.name for source in tap.roles.values())
+                return
             if tap.weighted is not None:
                 proved = prove(fingerprint, tap.weighted, self.weights, torch.finfo(delta.dtype).eps)
                 tap.layout = proved[0] if proved else None
@@ -411,18 +460,20 @@ class _Forward(TorchFunctionMode):
             if omega:
                 tap.accumulate(omega, Delta(delta, layout, self.samples), saved, self.capture.square)
 
-    def _refuse_infinite(self, tap: Tap, fingerprint: Fingerprint) -> None:
-        if not all(bool(scale.isfinite().all()) for scale in fingerprint.scales.values()):
-            names = ", ".join(source.name for source in tap.roles.values())
-            raise FloatingPointError(f"gradient must be finite, got inf or nan in {names}")
-
     def _fail(self, tap: Tap) -> None:
         """Do a tap's parameters again, in another way."""
-        if not tap.site.next_way():
+        if self.weighed_elsewhere:
+            # Perhaps the two forwards differed: ask again on one graph.
+            self.capture._one_graph = True
+        elif not tap.site.next_way():
             reason = f"no axis of the output {list(tap.shape)} of {tap.site.call} can be proved to hold the samples"
             for source in tap.roles.values():
                 self._give_up(source, reason)
         self.left |= {source.name for source in tap.roles.values()} & self.pending
+
+
+def _not_finite(names: Sequence[str]) -> str:
+    return f"gradient must be finite, got inf or nan in {', '.join(names)}"
 
 
 @cache

@@ -1,8 +1,8 @@
 """The program that one forward ran, as far as it decides where the samples are.
 
-Which rows belong to which sample follows from the calls, their shapes, and the Python numbers and index tensors that say
-where rows go. A layout that was proved for one forward holds for another with the same trace. Anything else, such as
-tokens that are routed by their values or packed by their lengths, gives another trace and is proved afresh.
+Which rows belong to which sample follows from the calls, their shapes, and the Python numbers and index tensors that
+say where rows go. A layout that was proved for one forward holds for another with the same trace. Anything else, such
+as tokens that are routed by their values or packed by their lengths, gives another trace and is proved afresh.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 # Calls that move rows to where the values of an integer or boolean tensor say.
 _ROUTES = frozenset(
     "__getitem__ __setitem__ index_select masked_select gather take take_along_dim index_add index_add_ index_copy "
-    "index_copy_ index_put index_put_ index_reduce index_reduce_ scatter scatter_ scatter_add scatter_add_ scatter_reduce "
-    "scatter_reduce_ masked_scatter masked_scatter_ repeat_interleave segment_reduce _pack_padded_sequence "
-    "_pad_packed_sequence".split()
+    "index_copy_ index_put index_put_ index_reduce index_reduce_ scatter scatter_ scatter_add scatter_add_ "
+    "scatter_reduce scatter_reduce_ masked_scatter masked_scatter_ repeat_interleave segment_reduce "
+    "_pack_padded_sequence _pad_packed_sequence".split()
 )
 
 
@@ -50,5 +50,5 @@ def _form(value: Any) -> Any:
 
 def _values(routed: Any) -> Any:
     if isinstance(routed, Tensor):
-        return None if routed.is_floating_point() or routed.is_complex() else tuple(routed.flatten().tolist())
+        return None if routed.is_floating_point() or routed.is_complex() else routed.cpu().numpy().tobytes()
     return tuple(map(_values, routed)) if isinstance(routed, (tuple, list)) else None

@@ -1,4 +1,4 @@
-"""Choose the learning rate and λ on validation images: ``python -m mas_fast.demo.choose``. Takes some minutes."""
+"""Choose the learning rate and λ on validation images: ``python -m mas_fast.demo.choose``. Takes about ten minutes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from mas_fast.demo.settings import Settings
 from mas_fast.demo.train import METHODS, DivergenceError, single_thread
 
 SEEDS = range(100, 110)
-LEARNING_RATES = (0.03, 0.1, 0.3)
-LAMS = (0.003, 0.01, 0.03, 0.1, 0.3)
+LEARNING_RATES = (0.02, 0.05, 0.1)
+# Accuracies this close are a tie: half a point is about the standard error over the seeds.
+TIE = 0.005
+LAMS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def main() -> None:
@@ -37,10 +39,12 @@ def main() -> None:
         return average
 
     candidates = [Settings(lr=lr, lam=lam) for lr in LEARNING_RATES for lam in LAMS]
-    chosen = max(candidates, key=lambda settings: score("MAS", settings))
+    scores = {settings: score("MAS", settings) for settings in candidates}
     for lr in LEARNING_RATES:
         for method in ("fine-tuning", "joint"):
             score(method, Settings(lr=lr, lam=0.0))
+    # The first: the smallest learning rate, then the smallest λ.
+    chosen = next(settings for settings in candidates if scores[settings] >= max(scores.values()) - TIE)
     print(f"chosen: lr {chosen.lr}, lam {chosen.lam}")
 
 

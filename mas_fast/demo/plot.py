@@ -39,7 +39,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"Digits as five tasks, learned one after the other: {seeds} seed{'s' if seeds > 1 else ''}, "
+        f"Digits as five tasks learned one after the other: {seeds} seed{'s' if seeds > 1 else ''}, "
         f"λ = {result['settings']['lam']:g}",
         fontsize=13,
         fontweight="bold",
@@ -65,7 +65,7 @@ def _draw_accuracy(axes: Axes, result: Mapping[str, Any]) -> None:
     band = " (band: ± standard error)" if len(result["seeds"]) > 1 else ""
     axes.set_title(f"Test accuracy, averaged over the tasks seen so far{band}", fontsize=11, loc="left")
     axes.set_xticks(positions, [f"{position}\n{name}" for position, name in zip(positions, names, strict=True)])
-    axes.set_xlim(0.85, len(names) + 1.05)
+    axes.set_xlim(0.85, len(names) + 1.15)
     axes.set_xlabel("tasks seen; digits of the newest one")
     axes.set_ylabel("average accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -138,7 +138,9 @@ def _draw_importance(axes: Axes, result: Mapping[str, Any]) -> None:
         title_fontsize=SMALL,
         columnspacing=1.0,
         handletextpad=0.1,
-        frameon=False,
+        facecolor="white",
+        edgecolor="none",
+        framealpha=1,
     )
     legend.get_title().set_multialignment("center")
     # Room for the legend below the lowest whisker: a third of the axis, which is logarithmic.

@@ -24,7 +24,7 @@ def format_opening(tasks: Sequence[Task], settings: Settings, seeds: Sequence[in
 def format_tables(result: Mapping[str, Any]) -> str:
     """Return the accuracy matrices and the summary of the methods, in percent, and the cost."""
     blocks = [_format_matrix(name, result) for name in result["methods"]]
-    return "\n\n".join([*blocks, _format_summary(result), _format_cost(result["cost"])])
+    return "\n\n".join([*blocks, _format_summary(result), _format_cost(result)])
 
 
 def conclude(result: Mapping[str, Any]) -> str:
@@ -58,7 +58,8 @@ def conclude(result: Mapping[str, Any]) -> str:
 def _format_matrix(name: str, result: Mapping[str, Any]) -> str:
     accuracy = result["methods"][name]["accuracy"]
     names = [task["name"] for task in result["tasks"]]
-    lines = [f"{name}: accuracy in % on each task (column) after training on each task (row)"]
+    trained = "all tasks up to the row's" if name == "joint" else "the row's task"
+    lines = [f"{name}: accuracy in % on each column's task after training on {trained}"]
     lines.append(" " * 7 + "".join(f"{task:>13}" for task in names))
     for task, means, errors in zip(names, accuracy["mean"], accuracy["standard_error"], strict=True):
         cells = (_points({"mean": m, "standard_error": e}) for m, e in zip(means, errors, strict=True))
@@ -83,15 +84,17 @@ def _format_summary(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _format_cost(cost: Mapping[str, Any]) -> str:
+def _format_cost(result: Mapping[str, Any]) -> str:
+    cost, threads = result["cost"], result["machine"]["threads"]
+    on_threads = f"{threads} thread{'s' if threads > 1 else ''}"
     ordinary, importance, loop = (f"{cost['time_ms'][name]['p50']:9.2f} ms" for name in ("ordinary", "pass", "loop"))
     return "\n".join(
         [
             f"Cost on the {cost['num_samples']} training images of the last task "
-            f"(medians of {cost['repeats']} interleaved repeats, float32)",
-            f"  ordinary forward+backward, one batch {ordinary}",
-            f"  importance pass, one batch           {importance}   {cost['pass_over_ordinary']:.2f} × the ordinary",
-            f"  loop, one image at a time            {loop}   {cost['loop_over_pass']:.1f} × the pass",
+            f"(medians of {cost['repeats']} interleaved repeats, float32, {on_threads})",
+            f"  ordinary forward+backward, one batch  {ordinary}",
+            f"  importance pass, one batch            {importance}  = {cost['pass_over_ordinary']:.2f} × the ordinary",
+            f"  loop, one image at a time             {loop}  = {cost['loop_over_pass']:.1f} × the pass",
             f"  largest relative error of Ω against the float64 loop: {cost['max_relative_error']:.1e}",
         ]
     )

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from mas_fast import reference
 
-LIBRARY_PATH = Path(__file__).resolve().parent.parent / ("_kernels.dylib" if sys.platform == "darwin" else "_kernels.so")
+LIBRARY_PATH = Path(__file__).resolve().parent.parent / (
+    "_kernels.dylib" if sys.platform == "darwin" else "_kernels.so"
+)
 
 # op -> (schema, reference kernel)
 OPS: dict[str, tuple[str, Callable[..., None]]] = {

@@ -1,0 +1,93 @@
+"""Write README's numbers from the committed results: `python -m benchmarks.readme`; `--check` fails if they differ."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- numbers: .*? -->\n).*?(<!-- /numbers -->)", re.DOTALL)
+TITLES = {
+    "mlp": "MLP 784-400-400-10, N = 256",
+    "conv_net": "conv net 3→64→64→128→128, 32×32, N = 32",
+    "resnet20": "ResNet-20 with batch norm, N = 32",
+    "transformer": "transformer d = 384, 4 layers, T = 64, N = 16",
+}
+
+Row = dict[str, Any]
+
+
+def times(value: float | None) -> str:
+    """Return a ratio as a table cell."""
+    return "–" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def passes_table(rows: list[Row]) -> list[str]:
+    """Return the table of whole passes: cost in units of one ordinary batched forward and backward."""
+    by_key = {(row["case"], row["method"], row["num_batches"]): row for row in rows}
+    many = max(row["num_batches"] for row in rows)
+    lines = [
+        f"| cost, in batched forward+backwards | pass over {many} batches | over 1 batch | loop | `vmap(grad)` "
+        "| error | peak MiB, pass / backward + Ω |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case, title in TITLES.items():
+        ours = by_key[case, "mas_fast", many]
+        cells = [
+            f"**{times(ours['ratio_p50'])}**",
+            times(by_key[case, "mas_fast", 1]["ratio_p50"]),
+            times(by_key[case, "loop", many]["ratio_p50"]),
+            times(by_key[case, "vmap", many]["ratio_p50"]),
+            f"{ours['error']:.0e}",
+            f"{ours['peak_mib']:.0f} / {ours['peak_bar_mib']:.0f}",
+        ]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def numbers(rows: list[Row], demo: Row) -> str:
+    """Return the text between README's markers."""
+    row = next(row for row in rows if row["method"] == "mas_fast")
+    machine, versions = row["machine"], row["versions"]
+    kernels = ", ".join(sorted(set(row["implementations"].values())))
+    lines = [
+        *passes_table(rows),
+        "",
+        f"{machine['cpu']}, {machine['threads']} threads, {row['dtype']}, {kernels}, torch {versions['torch']}, "
+        f"commit {row['commit']}, {row['date'][:10]}; medians of interleaved rounds, "
+        "[all rows](benchmarks/results), [what they mean](benchmarks/README.md). Error: the largest of any parameter "
+        "against the float64 loop. A pass over one batch bears alone what is paid once, above all the proof of the layout.",
+        "",
+        f"The demo: {demo['conclusion']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write README.md, or with --check say whether it is as it would be written."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args(argv).check
+    (passes,) = RESULTS.glob("passes-*.json")
+    demo = json.loads((RESULTS / "demo.json").read_text())
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    block = numbers(json.loads(passes.read_text()), demo)
+    written, count = BLOCK.subn(lambda found: found[1] + block + found[2], text)
+    if count != 1:
+        print("README.md must have one block of numbers between its markers", file=sys.stderr)
+        return 1
+    if check:
+        print("README.md is as written" if written == text else "README.md differs: run python -m benchmarks.readme")
+        return int(written != text)
+    readme.write_text(written)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
