@@ -103,7 +103,7 @@ def main() -> None:
     method = METHODS[arguments.method]
     workload = CASES[arguments.case].build(arguments.num_batches, getattr(torch, arguments.dtype))
     workload = method.timed_workload(workload)
-    # Library code that is touched for the first time is resident from then on: not what a pass needs, but what a process does.
+    # Library code is resident from its first use on: a cost of the process, not of the pass.
     method.run(workload.head(2), **arguments.options)
     start = start_of_peak()
     omega = method.run(workload, **arguments.options)

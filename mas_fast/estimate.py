@@ -43,7 +43,7 @@ def estimate_importance(
     Args:
         model: Any module. Parameters that require no gradient get no Ω.
         data: Any iterable of batches; it is iterated once.
-        forward: Callable (model, batch) -> output. By default a tensor batch gives model(b), a tuple or list model(b[0]),
+        forward: Callable (model, batch) -> output. By default a tensor gives model(b), a tuple or list model(b[0]),
             a mapping model(**b) without its labels; the output is a tensor, or has .logits or .last_hidden_state.
         objective: "l2_squared" (the paper's ‖F‖²), "l2", "l1", or a callable output -> [N], one scalar per sample. The
             number of samples is read from its result. By name, the first axis of the output is the sample axis.
@@ -51,7 +51,7 @@ def estimate_importance(
         scope: "global"; "local" (l-MAS) does not exist yet in this version.
         parameters: Names, or a predicate (name, parameter) -> bool; by default all that require a gradient.
         dtype: Floating dtype of Ω. Sums are never narrower than float32.
-        unsupported: What no rule is exact for goes through one backward per sample ("loop", reported in `.coverage`), or
+        unsupported: What no rule is exact for takes one backward per sample ("loop", reported in `.coverage`), or
             is an error that lists it all ("raise").
         progress: Show a progress bar.
 
@@ -59,7 +59,7 @@ def estimate_importance(
         Importance: name -> Ω, with .num_samples and .coverage.
 
     Raises:
-        ValueError: The data is empty, nothing is trainable, a name is unknown, an objective is not one scalar per sample.
+        ValueError: Empty data, nothing trainable, an unknown name, an objective that is not one scalar per sample.
         TypeError: A batch or an output is of a kind that needs `forward`.
         CaptureError: No exact answer exists: samples influence each other, or the forward changes parameters.
         FloatingPointError: An output or gradient is not finite; names the batch, and the parameters.
@@ -199,9 +199,7 @@ def capture(
     inner = getattr(model, "_orig_mod", model)
     # What is made in inference mode can neither be summed into nor be saved for a backward.
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), _left_as_found(inner):
-        yield Session(
-            inner, scope, selected, square=statistic == "square", dtype=dtype, unsupported=unsupported
-        )
+        yield Session(inner, scope, selected, square=statistic == "square", dtype=dtype, unsupported=unsupported)
 
 
 def _select_parameters(model: nn.Module, wanted: Parameters) -> dict[str, nn.Parameter]:
@@ -209,7 +207,9 @@ def _select_parameters(model: nn.Module, wanted: Parameters) -> dict[str, nn.Par
     if wanted is None:
         names = [name for name, p in every.items() if p.requires_grad]
         if not names:
-            raise ValueError("model must have a parameter that requires a gradient, got none; call requires_grad_(True)")
+            raise ValueError(
+                "model must have a parameter that requires a gradient, got none; call requires_grad_(True)"
+            )
     elif callable(wanted):
         names = [name for name, p in every.items() if wanted(name, p)]
         if not names:

@@ -209,7 +209,14 @@ class Importance(Mapping[str, Tensor]):
         try:
             count = int(entries.pop("num_samples"))
             coverage = [Coverage(*row) for row in json.loads(entries.pop("coverage"))]
-            return cls(tensors, count, coverage=coverage, **entries)
+            return cls(
+                tensors,
+                count,
+                coverage=coverage,
+                objective=entries["objective"],
+                statistic=entries["statistic"],
+                scope=entries["scope"],
+            )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} must hold a valid importance, got: {error}") from error
 

@@ -2,9 +2,10 @@
 
     Ω = (1/N) Σ_n |∂‖F(x_n; θ)‖² / ∂θ|        (Aljundi et al., Memory Aware Synapses, ECCV 2018, Eq. 2)
 
-`importance_loop` is that formula for a whole model, one sample at a time: slow, obviously right, and what the tests call
-truth. The `accumulate_*_` functions are the same sum for one layer, when its input x and the gradient δ of its output are
-known for a whole batch; compiled kernels replace them, and are tested against them. This file imports nothing of ours.
+`importance_loop` is that formula for a whole model, one sample at a time: slow, obviously right, and what the tests
+call truth. The `accumulate_*_` functions are the same sum for one layer, when its input x and the gradient δ of its
+output are known for a whole batch; compiled kernels replace them, and are tested against them. Nothing of ours is
+imported here.
 
 Letters: N samples, T positions per sample, O outputs, I inputs, V vocabulary, D embedding width, K entries of a vector
 parameter, R and S positions before and after it. x is `input`, δ = ∂objective/∂output is `grad_output`.
@@ -44,7 +45,7 @@ OBJECTIVES: dict[str, Callable[[Tensor], Tensor]] = {"l2_squared": l2_squared, "
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Call the model on a batch: tensor -> model(b); tuple or list -> model(b[0]); mapping -> model(**b without labels).
+    """Call the model: tensor -> model(b); tuple or list -> model(b[0]); mapping -> model(**b without labels).
 
     Raises:
         TypeError: The batch is none of these, or holds no tensor.
@@ -129,7 +130,7 @@ def importance_loop(
 
     Args:
         model: Any model; a copy of it is run in eval mode, so it is left untouched.
-        batch: One batch, as for `estimate_importance`. Samples share a forward: pass batches of one sample if they interact.
+        batch: As for `estimate_importance`. Samples share a forward: pass batches of one sample if they interact.
         forward: Callable (model, batch) -> output; by default see `default_forward`.
         objective: Name or callable, see `sample_objective`.
         statistic: "abs" or "square".

@@ -1,1 +1,1 @@
-"""How per-sample gradient magnitudes are had from a batched backward: rules per call, and the session that applies them."""
+"""Per-sample gradient magnitudes from a batched backward: rules per call, and the session that applies them."""

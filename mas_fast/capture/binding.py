@@ -59,7 +59,7 @@ RULES: dict[Any, Rule] = {}
 
 
 def rule(*functions: Any) -> Callable[[Rule], Rule]:
-    """Register a rule for torch functions. It takes the call's arguments and returns a Binding, or None if it does not apply."""
+    """Register a rule: it takes the arguments of a call and returns a Binding, or None if it does not apply."""
 
     def register(bind: Rule) -> Rule:
         for function in functions:

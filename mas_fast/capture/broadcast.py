@@ -1,4 +1,4 @@
-"""Rules for a parameter that broadcasts against data: x + b, x − b, w·x, x / w, w / x, and expanding a token over samples."""
+"""Rules for a parameter that broadcasts against data: x + b, x − b, w·x, x / w, w / x, token.expand(N, ...)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -122,7 +122,7 @@ def expand(input: Tensor, *size: Any) -> Binding:
 
 
 @rule(torch.Tensor.expand_as)
-def expand_as(input: Tensor, other: Tensor) -> Binding:
+def expand_as(input: Tensor, other: Tensor) -> Binding | None:
     """token.expand_as(x)."""
     return expand(input)
 

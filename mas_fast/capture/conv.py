@@ -75,23 +75,22 @@ def _bind(
     groups: int = 1,
 ) -> Binding | None:
     stride, dilation = _sizes(stride, axes), _sizes(dilation, axes)
-    if padding == "valid":
-        padding = 0
     x = input
     if padding == "same":
         totals = [d * (kernel - 1) for d, kernel in zip(dilation, weight.shape[2:], strict=True)]
+        sides = [total // 2 for total in totals]
         if any(total % 2 for total in totals):
             # An odd total pads one zero more at the end, which no symmetric padding says.
             x = F.pad(input.detach(), [side for t in reversed(totals) for side in (t // 2, t - t // 2)])
-            padding = 0
-        else:
-            padding = [total // 2 for total in totals]
+            sides = [0] * axes
+    else:
+        sides = [0] * axes if isinstance(padding, str) else _sizes(padding, axes)
     leading = 1 if input.dim() == axes + 2 else 0  # without a batch axis there is one sample
     return Binding(
         rule=f"conv{axes}d",
         roles={"weight": weight, "bias": bias},
         saved=(x,),
-        accumulate=partial(_accumulate, stride=stride, padding=_sizes(padding, axes), dilation=dilation, groups=groups),
+        accumulate=partial(_accumulate, stride=stride, padding=sides, dilation=dilation, groups=groups),
         axes=lambda *_: range(leading),
     )
 

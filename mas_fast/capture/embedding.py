@@ -1,4 +1,4 @@
-"""Rule for embeddings whose ids differ from sample to sample; ids that all samples share are a selection (select.py)."""
+"""Rule for embeddings whose ids differ between samples; ids that all samples share are a selection (select.py)."""
 
 from collections.abc import Mapping
 from functools import partial

@@ -1,8 +1,8 @@
 """Where the samples are in the output of a call: proved, never guessed.
 
 Nothing in a tensor says which of its axes is the sample axis: (T, N, C) attention, windows folded into the batch and
-T equal to N all occur. The proof used here needs no knowledge of the model. The gradient δ of Σ_n objective_n is computed
-twice on the same graph, once with every sample weighted by its own power of two, w_n. If entry s of some axis belongs to
+T equal to N all occur. The proof used here needs no knowledge of the model. The gradient δ of Σ_n objective_n is
+computed twice, once with every sample weighted by its own power of two, w_n. If entry s of some axis belongs to
 sample n(s) and to no other, then the weighted δ is w_n(s) times the plain one at every s, exactly, because scaling by a
 power of two commutes with rounding. If samples meet anywhere, it is not. Both are compared through a random projection,
 so one number per entry of the axis is kept from the first backward to the second.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """The samples are on `axis`; if it holds m positions of each, the sample index is the "outer" or the "inner" one."""
+    """The samples are on `axis`; where it holds m positions of each, the sample index is the "outer" or the "inner"."""
 
     axis: int
     order: str = "outer"

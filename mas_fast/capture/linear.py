@@ -45,7 +45,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Binding
 
 @rule(torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
 def matmul(input: Tensor, other: Tensor) -> Binding | None:
-    """x @ W with W [I, O] on the right."""
+    """Bind x @ W, with W [I, O] on the right."""
     return _bind(input, other, None, transposed=True)
 
 

@@ -38,7 +38,7 @@ def _accumulate(
 
 
 def _mean_rstd(x: Tensor, axes: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the mean and 1/σ over the last axes, which stay as axes of length 1: torch's norm is faster than its var_mean."""
+    """Return mean and 1/σ over the last axes, kept with length 1. torch's norm is faster at it than its var_mean."""
     _, mean, rstd = torch.native_layer_norm(x, x.shape[x.dim() - axes :], None, None, eps)
     return mean, rstd
 

@@ -36,7 +36,7 @@ def refuse(model: nn.Module | None, function: Any, args: Sequence[Any], kwargs: 
             name = _batch_norm_name(model, argument(_BATCH_NORMS[function], "weight"))
             raise CaptureError(
                 f"{name} normalises with the statistics of the batch, so its samples influence each other and no "
-                "per-sample gradient exists; use running statistics (track_running_stats=True), or batches of one sample"
+                "per-sample gradient exists; use running statistics (track_running_stats=True) or batches of one sample"
             )
     elif function in _MAX_NORMS and argument(3, "max_norm") is not None:
         raise CaptureError(

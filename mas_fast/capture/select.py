@@ -64,14 +64,19 @@ def track(name: str, parameter: Tensor, omega: Tensor) -> Tracked:
 
 
 def looks_shared(ids: Tensor) -> bool:
-    """Guess whether an embedding's ids are the same for all samples, as positions are. A wrong guess costs time only."""
+    """Guess whether all samples share an embedding's ids, as they do positions. A wrong guess costs time only."""
     if ids.dim() >= 2:
         return ids.shape[0] == 1
     return ids.dim() == 1 and bool((ids[1:] - ids[:-1] == 1).all())
 
 
 def select(
-    function: Any, source: Tracked, site: Site, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
+    function: Any,
+    source: Tracked,
+    site: Site,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    results: Sequence[Tensor],
 ) -> list[Tracked] | None:
     """Track what a selecting call returned.
 
@@ -88,7 +93,9 @@ def select(
         if the call does not work on Ω, whose memory may be laid out otherwise than the parameter's.
     """
 
-    def tracked(result: Tensor, omega: Tensor, numbers: Callable[[], Tensor], fold: Callable[[], None] | None) -> Tracked:
+    def tracked(
+        result: Tensor, omega: Tensor, numbers: Callable[[], Tensor], fold: Callable[[], None] | None
+    ) -> Tracked:
         return Tracked(
             result, source.name, omega, source.root, numbers, fold, site, whole=False, version=result._version
         )

@@ -1,7 +1,7 @@
 """The pass over one batch: run the model with its parameters watched, prove where the samples are, add to Ω.
 
 Three ways lead to Ω, chosen per parameter: a rule for the call that the parameter meets data in, a selection that only
-moves entries, and, for everything else, one backward per sample for that parameter alone. Nothing is skipped in silence:
+moves entries, and, for all else, one backward per sample for that parameter alone. Nothing is skipped in silence:
 after every forward the graph is searched for uses that no rule saw.
 """
 
@@ -50,7 +50,7 @@ class Capture:
         parameters: Name -> parameter; those that require no gradient must not be among them.
         square: Accumulate squares instead of absolute values.
         dtype: Least dtype of the sums; never less than float32, nor than a float64 parameter's own.
-        unsupported: "loop" sends what no rule covers through one backward per sample; "raise" lists it in a CaptureError.
+        unsupported: "loop" takes one backward per sample for what no rule covers; "raise" lists it in a CaptureError.
         model: Where errors look for the names of layers.
     """
 
@@ -88,8 +88,8 @@ class Capture:
         """Run a batch and add its samples' magnitudes to the sums.
 
         Args:
-            objectives: Runs the model and returns one scalar per sample, [N]. It is called again if a first run shows that
-                a parameter has to be treated otherwise.
+            objectives: Runs the model and returns one scalar per sample, [N]. It is called again for the proof of the
+                layout, and if a run shows that a parameter has to be treated otherwise.
 
         Returns:
             N.
@@ -126,17 +126,18 @@ class Capture:
         """
         if self._broken:
             raise CaptureError(
-                "capture must not go on after an error in the middle of a batch, got sums with a part of it; start another"
+                "capture must not go on after an error in the middle of a batch, got partial sums; start another"
             )
 
     def _list_fallback(self) -> str:
         lines = [
-            f"  - {name} {list(self.parameters[name].shape)}: {reason}" for name, reason in sorted(self.fallback.items())
+            f"  - {name} {list(self.parameters[name].shape)}: {reason}"
+            for name, reason in sorted(self.fallback.items())
         ]
         return (
             f"no rule is exact for {len(lines)} of {len(self.parameters)} parameters:\n"
             + "\n".join(lines)
-            + "\npass unsupported='loop' for one backward per sample for these alone, or leave them out with parameters="
+            + "\npass unsupported='loop' for one backward per sample for these, or leave them out with parameters="
         )
 
     def _check_finite(self) -> None:
@@ -198,7 +199,7 @@ class _Forward(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run a call; where it uses a tracked parameter, see to it that its δ is seen, or send the parameter to the loop."""
+        """Run a call; where it uses a tracked parameter, have its δ seen, or send the parameter to the loop."""
         kwargs = kwargs or {}
         refuse(self.capture.model, func, args, kwargs)
         self.trace.add(func, args, kwargs)
@@ -245,7 +246,13 @@ class _Forward(TorchFunctionMode):
         return site
 
     def _select(
-        self, func: Any, used: Mapping[int, Tracked], site: Site, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+        self,
+        func: Any,
+        used: Mapping[int, Tracked],
+        site: Site,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        result: Any,
     ) -> bool:
         results = _tensors(result)
         if not any(t.requires_grad for t in results):
@@ -262,7 +269,7 @@ class _Forward(TorchFunctionMode):
 
     def _fits(self, binding: Binding, used: Mapping[int, Tracked]) -> bool:
         roles = [id(t) for t in binding.roles.values() if id(t) in used]
-        # The same tensor in two roles would have to be summed before |·|; one that is only data is no business of the rule.
+        # A tensor in two roles would have to be summed before |·|; one that is only data is no business of the rule.
         unique = len(roles) == len(set(roles)) == len(used)
         mutated = binding.inplace and id(next(iter(binding.roles.values()))) in used
         if any(isinstance(t, Tensor) and t.is_complex() for t in (*binding.roles.values(), *binding.saved)):
@@ -319,7 +326,9 @@ class _Forward(TorchFunctionMode):
             name = by_id.get(id(leaf))
             if name is not None and name not in self.capture.fallback:
                 source = self.tracked[id(leaf)]
-                self._give_up(source, "used in a way that torch functions do not show, such as a custom autograd.Function")
+                self._give_up(
+                    source, "used in a way that torch functions do not show, such as a custom autograd.Function"
+                )
 
     def _find_reuse(self) -> None:
         """Give up on parameters with entries that are used twice: their gradients must be summed before |·|."""
@@ -374,10 +383,10 @@ class _Forward(TorchFunctionMode):
                     capture.rules[source.name] = tap.rule if source.whole else f"{tap.rule} of a selection"
 
     def _weigh(self, values: Tensor) -> bool:
-        """See to it that taps have the fingerprints of the weighted δ; return False if another forward is needed for that.
+        """Get the fingerprints of the weighted δ to the taps; return False if that takes another forward.
 
-        The weighted backward usually gets a forward of its own: on one graph for both, all of it would stay in memory during
-        the first. A model that does not run the same way twice gets both on one graph.
+        The weighted backward usually has a forward of its own: on one graph for both, all of it would stay in memory
+        during the first. A model that does not run the same way twice gets both on one graph.
         """
         capture = self.capture
         weighed, capture._weighed = capture._weighed, None
@@ -431,7 +440,7 @@ class _Forward(TorchFunctionMode):
         """Take a tap's δ, in whichever backward this is."""
         if self.phase is _Phase.IDLE and torch.is_grad_enabled():
             raise CaptureError(
-                f"a gradient taken inside the forward (create_graph=True) went through {tap.site.call}, whose parameters are "
+                f"a gradient taken inside the forward (create_graph=True) went through {tap.site.call}, with "
                 f"{', '.join(s.name for s in tap.roles.values())}; second derivatives are not supported"
             )
         if self.phase in (_Phase.IDLE, _Phase.LOOP):

@@ -34,12 +34,12 @@ class Tap:
 class TapFunction(torch.autograd.Function):
     """Identity whose backward hands δ to a Tap.
 
-    The parameter is detached in the call itself, so its gradient is never formed. `token` is a leaf that makes autograd come
-    by even where nothing else requires a gradient.
+    The parameter is detached in the call itself, so its gradient is never formed. `token` is a leaf that makes autograd
+    come by even where nothing else requires a gradient.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, output: Tensor, token: Tensor, tap: Tap, saved: list[Tensor], inplace: bool, view: bool
     ) -> Tensor:
         """Return the output, as the call itself would have given it: new, changed in place, or a view."""
@@ -53,7 +53,7 @@ class TapFunction(torch.autograd.Function):
         return output.view_as(output) if view else output.data
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         """Hand δ to the tap and pass it on."""
         ctx.tap.receive(ctx.tap, delta, ctx.saved_tensors)
         return delta, None, None, None, None, None

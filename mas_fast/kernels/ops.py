@@ -28,8 +28,8 @@ OPS: dict[str, tuple[str, Callable[..., None]]] = {
         reference.accumulate_linear_,
     ),
     "accumulate_conv_": (
-        "(Tensor(a!) omega, Tensor grad_output, Tensor input, int[] stride, int[] padding, int[] dilation, int groups=1,"
-        " bool square=False) -> ()",
+        "(Tensor(a!) omega, Tensor grad_output, Tensor input, int[] stride, int[] padding, int[] dilation,"
+        " int groups=1, bool square=False) -> ()",
         reference.accumulate_conv_,
     ),
     "accumulate_embedding_": (
@@ -64,7 +64,7 @@ def _load() -> str | None:
     except OSError as error:
         # Importing must still work, so that `python -m mas_fast doctor` can say this again.
         warnings.warn(
-            f"mas_fast runs its slow reference kernels: {LIBRARY_PATH} was built but cannot be loaded: {error}; reinstall "
+            f"mas_fast runs its slow kernels: {LIBRARY_PATH} was built but cannot be loaded: {error}; reinstall "
             "mas_fast for this torch, or set MAS_FAST_KERNELS=reference to choose them",
             RuntimeWarning,
             stacklevel=2,
@@ -243,7 +243,7 @@ def accumulate_affine_(
     rstd: Tensor | None = None,
     square: bool = False,
 ) -> None:
-    """Add Σ_n |Σ_rs δ (x − mean) rstd| to omega_weight and Σ_n |Σ_rs δ| to omega_bias; see `reference.accumulate_affine_`.
+    """Add Σ_n |Σ_rs δ (x − mean) rstd| to omega_weight and Σ_n |Σ_rs δ| to omega_bias; see `reference`.
 
     Args:
         omega_weight: [K], float32 or float64, changed in place, or None.
@@ -289,7 +289,9 @@ class _contiguous:  # noqa: N801
         self.direct = omega is None or omega.is_contiguous()
 
     def __enter__(self) -> Tensor | None:
-        self.buffer = self.omega if self.direct else torch.zeros_like(self.omega, memory_format=torch.contiguous_format)
+        self.buffer = self.omega
+        if self.omega is not None and not self.direct:
+            self.buffer = torch.zeros_like(self.omega, memory_format=torch.contiguous_format)
         return self.buffer
 
     def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
@@ -320,7 +322,7 @@ def _check_shape(name: str, data: Tensor, shape: Sequence[int]) -> None:
 
 
 def _common_dtype(omega: Tensor, *data: Tensor) -> tuple[Tensor, ...]:
-    """Bring data to one dtype that the kernels take: float64 for a float64 Ω, else float32, or bfloat16 and float16 as is."""
+    """Bring data to one dtype that the kernels take: float64 for a float64 Ω, else float32, bfloat16 or float16."""
     if omega.dtype == torch.float64:
         dtype = torch.float64
     else:
