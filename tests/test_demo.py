@@ -368,7 +368,8 @@ def test_full_disk_is_a_clear_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_making_a_network_leaves_the_random_state_alone():
+def test_weights_follow_the_seed_and_leave_the_random_state_alone():
     state = torch.random.get_rng_state()
-    make_network(2, seed=7)
+    first, again, other = (make_network(2, seed).conv1.weight for seed in (7, 7, 8))
+    assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(torch.random.get_rng_state(), state)
