@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 JSON_NAME = "demo.json"
 PLOT_NAME = "demo.png"
 SEEDS = 5
-REPEATS = 15
+REPEATS = 9
 QUICK_SEEDS = 2
 QUICK_EPOCHS = 5
 QUICK_REPEATS = 5
@@ -93,7 +93,8 @@ def _run(args: argparse.Namespace) -> None:
     runs = _train_all(tasks, settings, seeds)
     repeats = QUICK_REPEATS if args.quick else REPEATS
     print(f"timing the importance pass, {repeats} repeats", flush=True)
-    cost = timing.measure_cost(runs["MAS"][0].network, tasks[-1].train_images, len(tasks) - 1, repeats=repeats)
+    images = [task.train_images for task in tasks]
+    cost = timing.measure_cost(runs["MAS"][0].network, images, len(tasks) - 1, repeats=repeats)
 
     outcome = result.build_result(tasks, settings, seeds, runs, cost)
     outcome["conclusion"] = report.conclude(outcome)

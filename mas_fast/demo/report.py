@@ -90,11 +90,11 @@ def _format_cost(result: Mapping[str, Any]) -> str:
     ordinary, importance, loop = (f"{cost['time_ms'][name]['p50']:9.2f} ms" for name in ("ordinary", "pass", "loop"))
     return "\n".join(
         [
-            f"Cost on the {cost['num_samples']} training images of the last task "
+            f"Cost of one pass over the {cost['num_samples']} training images, in batches of {cost['batch_size']} "
             f"(medians of {cost['repeats']} interleaved repeats, float32, {on_threads})",
-            f"  ordinary forward+backward, one batch  {ordinary}",
-            f"  importance pass, one batch            {importance}  = {cost['pass_over_ordinary']:.2f} × the ordinary",
-            f"  loop, one image at a time             {loop}  = {cost['loop_over_pass']:.1f} × the pass",
+            f"  ordinary forward+backward of each batch {ordinary}",
+            f"  importance pass, proof included        {importance}  = {cost['pass_over_ordinary']:.2f} × the ordinary",
+            f"  loop, one image at a time              {loop}  = {cost['loop_over_pass']:.1f} × the pass",
             f"  largest relative error of Ω against the float64 loop: {cost['max_relative_error']:.1e}",
         ]
     )
