@@ -69,6 +69,8 @@ def estimate_importance(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(data, Tensor):
+        raise TypeError("data must be an iterable of batches, got a tensor, whose rows are no batches; pass [data]")
     run = forward or default_forward
     with capture(
         model, statistic=statistic, scope=scope, parameters=parameters, dtype=dtype, unsupported=unsupported
@@ -194,6 +196,10 @@ def capture(
         raise ValueError(f"scope must be 'global' or 'local', got {scope!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError(
+            "model must run in Python, got TorchScript, whose calls cannot be seen; pass the original module"
+        )
     selected = _select_parameters(model, parameters)
     # What the module inside does is the same, and its names are the plain ones.
     inner = getattr(model, "_orig_mod", model)
@@ -226,6 +232,8 @@ def _select_parameters(model: nn.Module, wanted: Parameters) -> dict[str, nn.Par
             problems.append(f"{name} is not initialised yet: run one batch through the lazy module first")
         elif p.is_meta:
             problems.append(f"{name} is on the meta device: materialise it first")
+        elif p.is_inference():
+            problems.append(f"{name} was made in inference mode: make the model outside of torch.inference_mode()")
         elif p.is_complex():
             problems.append(f"{name} is complex: |·| of its gradient is not defined here")
         elif not p.is_floating_point():

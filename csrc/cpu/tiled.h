@@ -76,7 +76,9 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
   for (int64_t first = 0; first < shape.samples; first += chunk) {
     const int64_t count = std::min(chunk, shape.samples - first);
     prepare(first, count);
-    torch::stable::parallel_for(0, shape.groups * output_panels * count, 1, [&](int64_t begin, int64_t end) {
+    // Packing less than 32 Ki entries is not worth waking a thread.
+    const int64_t grain = ceil_div(32768, shape.rows * MR);
+    torch::stable::parallel_for(0, shape.groups * output_panels * count, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n = i % count, panel = i / count % output_panels, group = i / count / output_panels;
         pack_delta(group, first + n, panel * MR,

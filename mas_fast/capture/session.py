@@ -260,6 +260,12 @@ class _Forward(TorchFunctionMode):
         if len(used) != 1 or (func is F.embedding and _argument(args, kwargs, 2, "padding_idx") is not None):
             return False
         (source,) = used.values()
+        picked_from = (
+            _argument(args, kwargs, 1, "weight") if func is F.embedding else _argument(args, kwargs, 0, "input")
+        )
+        if picked_from is not source.tensor:
+            # As in h.to(parameter): the parameter only lends its dtype, shape or device.
+            return False
         picks = select(func, source, site, args, kwargs, results)
         if picks is None:
             return False
@@ -288,6 +294,7 @@ class _Forward(TorchFunctionMode):
         def detached(a: Any) -> Any:
             return a.detach() if id(a) in used else a
 
+        _refuse_checkpoint()
         output = func(*map(detached, args), **{key: detached(a) for key, a in kwargs.items()})
         roles = {role: used[id(t)] for role, t in binding.roles.items() if id(t) in used}
         candidates = {axis for source in roles.values() for axis in binding.axes(output.shape, source.tensor.shape)}
@@ -344,7 +351,9 @@ class _Forward(TorchFunctionMode):
             if not any(source.whole for source in sources):
                 numbers = torch.cat([source.numbers().flatten() for source in sources])
                 if numbers.unique().numel() == numbers.numel():
-                    self.capture._disjoint.add(key)
+                    # Views are the same for every forward of this trace; copies may be by ids that differ.
+                    if all(source.fold is None for source in sources):
+                        self.capture._disjoint.add(key)
                     continue
             self._give_up(sources[0], f"used {len(sources)} times in one forward")
 
@@ -458,7 +467,9 @@ class _Forward(TorchFunctionMode):
             if tap.weighted is not None:
                 proved = prove(fingerprint, tap.weighted, self.weights, torch.finfo(delta.dtype).eps)
                 tap.layout = proved[0] if proved else None
-                if len(proved) == 1:
+                # Rows of several samples on one axis may be regrouped from batch to batch in ways that no trace shows.
+                folded = tap.layout is not None and tap.shape[tap.layout.axis] != self.samples
+                if len(proved) == 1 and not folded and not self.trace.reads:
                     tap.site.remember(self.program, proved[0])
             if tap.layout is None:
                 self._fail(tap)
@@ -479,6 +490,16 @@ class _Forward(TorchFunctionMode):
             for source in tap.roles.values():
                 self._give_up(source, reason)
         self.left |= {source.name for source in tap.roles.values()} & self.pending
+
+
+def _refuse_checkpoint() -> None:
+    """Raise inside an activation checkpoint: its second forward, in the backward, runs where no call is watched."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint":
+        raise CaptureError(
+            "activation checkpointing is not supported yet: its recomputation would go unseen; switch it off for the "
+            "pass, as with model.gradient_checkpointing_disable()"
+        )
 
 
 def _not_finite(names: Sequence[str]) -> str:

@@ -19,16 +19,29 @@ _ROUTES = frozenset(
     "_pack_padded_sequence _pad_packed_sequence".split()
 )
 
+# Calls that let the values of data decide, in Python or in one-hot matrices, where rows go: no hash can follow those.
+_READS = frozenset(
+    "numpy tolist item __array__ __index__ __int__ __float__ argsort sort msort topk kthvalue nonzero argwhere "
+    "unique unique_consecutive one_hot multinomial bernoulli searchsorted bucketize".split()
+)
+
 
 class Trace:
-    """A running hash of the calls of one forward."""
+    """A running hash of the calls of one forward.
+
+    Attributes:
+        key: The hash.
+        reads: Whether the forward read values of data in a way that may route rows; then no other forward is like it.
+    """
 
     def __init__(self) -> None:
         self.key = 0
+        self.reads = False
 
     def add(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Add a call."""
         name = getattr(function, "__name__", "")
+        self.reads |= name in _READS
         routed = [*args[1:], *kwargs.values()] if name in _ROUTES else []
         if name in ("embedding", "embedding_bag"):
             # Rows of data are routed by the ids; rows of a parameter are the same for all samples.
