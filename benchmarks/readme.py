@@ -59,7 +59,7 @@ def numbers(rows: list[Row], demo: Row) -> str:
         *passes_table(rows),
         "",
         f"{machine['cpu']}, {machine['threads']} threads, {row['dtype']}, {kernels}, torch {versions['torch']}, "
-        f"commit {row['commit']}, {row['date'][:10]}; medians of interleaved rounds, "
+        f"{row['date'][:10]}; medians of interleaved rounds, "
         "[all rows](benchmarks/results), [what they mean](benchmarks/README.md). Error: the largest of any parameter "
         "against the float64 loop. One batch alone bears what is paid once, above all the proof of the layout.",
         "",
