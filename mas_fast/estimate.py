@@ -67,8 +67,6 @@ def estimate_importance(
     Source:
         Aljundi et al., Memory Aware Synapses: Learning what (not) to forget, ECCV 2018, Sec. 4.1.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(data, Tensor):
         raise TypeError("data must be an iterable of batches, got a tensor, whose rows are no batches; pass [data]")
     run = forward or default_forward

@@ -208,10 +208,10 @@ def accumulate_conv_(
         groups: Channel groups.
         square: Σ_n (·)² instead of Σ_n |·|.
     """
-    weight = omega.new_empty(0).expand(omega.shape) if omega.numel() == 0 else omega.new_empty(1).expand(omega.shape)
+    # Of the weight, only shape and dtype count for its own gradient: Ω stands in for it.
     for delta, x in zip(grad_output.to(omega.dtype).split(1), input.to(omega.dtype).split(1), strict=True):
         _, gradient, _ = torch.ops.aten.convolution_backward(
-            delta, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False]
+            delta, x, omega, None, stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False]
         )
         omega += magnitude(gradient, square)
 

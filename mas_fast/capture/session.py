@@ -207,13 +207,12 @@ class _Forward(TorchFunctionMode):
         if not used or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         site = self._site(func, used, args, kwargs)
-        binding = bind(func, args, kwargs)
         while site.ways and not any(source.changed for source in used.values()):
             if site.ways[site.way] == "select":
                 result = func(*args, **kwargs)
                 if self._select(func, used, site, args, kwargs, result):
                     return result
-            elif binding is not None and self._fits(binding, used):
+            elif (binding := bind(func, args, kwargs)) is not None and self._fits(binding, used):
                 return self._tap(func, args, kwargs, binding, used, site)
             if not site.next_way():
                 break
