@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mas_fast.capture.layout import Layout, split_samples
+from mas_fast.kernels import ops
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,5 @@ def _signature(found: Rule) -> inspect.Signature:
 @contextmanager
 def flattened(omega: Tensor) -> Iterator[Tensor]:
     """Give Ω as a vector to add to, also where it is a strided view of a parameter's Ω."""
-    if omega.is_contiguous():
-        yield omega.view(-1)
-    else:
-        buffer = torch.zeros(omega.numel(), dtype=omega.dtype, device=omega.device)
-        yield buffer
-        omega += buffer.view(omega.shape)
+    with ops.contiguous(omega) as buffer:
+        yield buffer.view(-1)

@@ -9,13 +9,16 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from mas_fast import reference
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 LIBRARY_PATH = Path(__file__).resolve().parent.parent / (
     "_kernels.dylib" if sys.platform == "darwin" else "_kernels.so"
@@ -153,7 +156,7 @@ def accumulate_linear_(omega: Tensor, grad_output: Tensor, input: Tensor, square
         # Ωᵀ of y = W x is Ω with x and δ exchanged.
         omega, grad_output, input = omega.mT, input, grad_output
     grad_output, input = _common_dtype(omega, grad_output, input)
-    with _contiguous(omega) as buffer:
+    with contiguous(omega) as buffer:
         torch.ops.mas_fast.accumulate_linear_(buffer, grad_output, input, square)
 
 
@@ -200,7 +203,7 @@ def accumulate_conv_(
     _check_data("grad_output", grad_output, omega, axes + 2)
     _check_shape("grad_output", grad_output, [samples, omega.shape[0], *out])
     grad_output, input = _common_dtype(omega, grad_output, input)
-    with _contiguous(omega) as buffer:
+    with contiguous(omega) as buffer:
         torch.ops.mas_fast.accumulate_conv_(
             buffer, grad_output, input, list(stride), list(padding), list(dilation), groups, square
         )
@@ -230,7 +233,7 @@ def accumulate_embedding_(
     if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < omega.shape[0]:
         raise ValueError(f"ids must lie in [0, {omega.shape[0]}), got {int(ids.min())} to {int(ids.max())}")
     (grad_output,) = _common_dtype(omega, grad_output)
-    with _contiguous(omega) as buffer:
+    with contiguous(omega) as buffer:
         torch.ops.mas_fast.accumulate_embedding_(buffer, grad_output, ids.long(), padding_idx, square)
 
 
@@ -277,26 +280,19 @@ def accumulate_affine_(
         grad_output, input = _common_dtype(first, grad_output, input)
         mean, rstd = (None if t is None else t.to(first.dtype).broadcast_to(shape) for t in (mean, rstd))
     (grad_output,) = _common_dtype(first, grad_output)
-    with _contiguous(omega_weight) as weight, _contiguous(omega_bias) as bias:
+    with contiguous(omega_weight) as weight, contiguous(omega_bias) as bias:
         torch.ops.mas_fast.accumulate_affine_(weight, bias, grad_output, input, mean, rstd, square)
 
 
-class _contiguous:  # noqa: N801
-    """Give a contiguous Ω to write to; what was added to a copy is added back at the end."""
-
-    def __init__(self, omega: Tensor | None) -> None:
-        self.omega = omega
-        self.direct = omega is None or omega.is_contiguous()
-
-    def __enter__(self) -> Tensor | None:
-        self.buffer = self.omega
-        if self.omega is not None and not self.direct:
-            self.buffer = torch.zeros_like(self.omega, memory_format=torch.contiguous_format)
-        return self.buffer
-
-    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
-        if not self.direct and exception is None:
-            self.omega.add_(self.buffer)  # type: ignore[union-attr, arg-type]
+@contextmanager
+def contiguous(omega: MaybeTensor) -> Iterator[MaybeTensor]:
+    """Give a contiguous Ω to write to; what was added to a copy is added back at the end, unless an error flew."""
+    if omega is None or omega.is_contiguous():
+        yield omega
+    else:
+        buffer = torch.zeros_like(omega, memory_format=torch.contiguous_format)
+        yield buffer
+        omega += buffer
 
 
 def _check_omega(name: str, omega: Tensor, dims: int) -> None:
