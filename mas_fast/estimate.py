@@ -97,7 +97,7 @@ def estimate_importance(
                 raise type(error)(f"batch {index}: {error}") from error
         if session.num_samples == 0:
             raise ValueError("data must hold at least one batch, got none; a one-shot iterator may be used up")
-        return session.importance(objective=name)
+        return session.importance(objective=name, _final=True)
 
 
 class Session(Capture):
@@ -112,7 +112,7 @@ class Session(Capture):
         self.model: nn.Module = model
         self._scope = scope
 
-    def importance(self, objective: str = "custom") -> Importance:
+    def importance(self, objective: str = "custom", *, _final: bool = False) -> Importance:
         """Return Ω of the samples so far: the sums divided by their number.
 
         Args:
@@ -121,8 +121,10 @@ class Session(Capture):
         Raises:
             ValueError: No sample has been accumulated.
             CaptureError: An error ended the capture in the middle of a batch, or no parameter ever took part.
+            FloatingPointError: A sum is not finite.
         """
         self.check_whole()
+        self.check_finite()
         if self.num_samples == 0:
             raise ValueError("importance must be of at least one sample, got none; call accumulate first")
         if not self.fallback and not any(self.uses.values()):
@@ -139,7 +141,11 @@ class Session(Capture):
             )
             for name in self.sums
         ]
-        omega = {name: (total / self.num_samples).to(self.dtype) for name, total in self.sums.items()}
+        # Where no more batches come, Ω takes the memory of the sums.
+        omega = {
+            name: (total.div_(self.num_samples) if _final else total / self.num_samples).to(self.dtype)
+            for name, total in self.sums.items()
+        }
         return Importance(
             omega,
             self.num_samples,

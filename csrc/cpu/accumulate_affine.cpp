@@ -13,10 +13,13 @@ namespace mas_fast::cpu {
 namespace {
 
 using MaybeTensor = std::optional<Tensor>;
+using MaybeView = std::optional<View>;
 
-Volume sample_of(const MaybeTensor& data, int64_t n) {
-  if (!data) return {nullptr, 0, 0, 0};
-  return {element(*data, n * data->stride(0)), data->stride(1), data->stride(2), data->stride(3)};
+MaybeView view_of(const MaybeTensor& data) { return data ? MaybeView(View(*data)) : std::nullopt; }
+
+Volume sample_of(const MaybeView& view, int64_t n) {
+  if (!view) return {nullptr, 0, 0, 0};
+  return {view->at(n * view->stride[0]), view->stride[1], view->stride[2], view->stride[3]};
 }
 
 template <class T>
@@ -24,6 +27,7 @@ void run(MaybeTensor& weight, MaybeTensor& bias, const Tensor& delta, const Mayb
          const MaybeTensor& rstd, bool square) {
   const Kernels<T>& kernel = kernels_for<T>();
   const int64_t samples = delta.size(0), R = delta.size(1), K = delta.size(2), S = delta.size(3);
+  const MaybeView deltas = view_of(delta), inputs = view_of(x), means = view_of(mean), rstds = view_of(rstd);
   T* const w = weight ? static_cast<T*>(weight->mutable_data_ptr()) : nullptr;
   T* const b = bias ? static_cast<T*>(bias->mutable_data_ptr()) : nullptr;
   // Entries per task: whole groups of vectors where they lie side by side.
@@ -32,8 +36,8 @@ void run(MaybeTensor& weight, MaybeTensor& bias, const Tensor& delta, const Mayb
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, samples * R * S * step));
   torch::stable::parallel_for(0, ceil_div(K, step), grain, [&](int64_t begin, int64_t end) {
     for (int64_t n = 0; n < samples; ++n) {
-      kernel.affine(input_type(delta), sample_of(delta, n), sample_of(x, n), sample_of(mean, n), sample_of(rstd, n), R,
-                    S, begin * step, std::min(end * step, K), magnitude_of_statistic(square), w, b);
+      kernel.affine(deltas->type, sample_of(deltas, n), sample_of(inputs, n), sample_of(means, n), sample_of(rstds, n),
+                    R, S, begin * step, std::min(end * step, K), magnitude_of_statistic(square), w, b);
     }
   });
 }

@@ -63,24 +63,24 @@ Geometry geometry_of(const Tensor& omega, const Tensor& delta, const Tensor& x, 
 
 // Copies one sample to channels-last inside its zero margin.
 template <class T>
-void copy_padded(const Geometry& g, const Tensor& x, int64_t n, T* dst) {
+void copy_padded(const Geometry& g, const View& x, int64_t n, T* dst) {
   const Kernels<T>& kernel = kernels_for<T>();
-  const int64_t C = g.channels, dims = x.dim();
-  const auto stride = [&](int axis) { return dims - 3 + axis >= 2 ? x.stride(dims - 3 + axis) : 0; };
+  const int64_t C = g.channels;
+  const auto stride = [&](int axis) { return x.dims - 3 + axis >= 2 ? x.stride[x.dims - 3 + axis] : 0; };
   const bool margin = g.padded != g.in;
   if (margin) std::fill_n(dst, g.padded_positions() * C, T(0));
   const bool rows_joined = !margin && (g.in[1] == 1 || stride(1) == g.in[2] * stride(2)) &&
                            (g.in[0] == 1 || stride(0) == g.in[1] * g.in[2] * stride(2));
   if (rows_joined) {
-    const Matrix src{element(x, n * x.stride(0)), x.stride(1), stride(2)};
-    kernel.transpose(input_type(x), src, C, g.padded_positions(), dst, C);
+    const Matrix src{x.at(n * x.stride[0]), x.stride[1], stride(2)};
+    kernel.transpose(x.type, src, C, g.padded_positions(), dst, C);
     return;
   }
   for (int64_t d = 0; d < g.in[0]; ++d) {
     for (int64_t h = 0; h < g.in[1]; ++h) {
-      const Matrix src{element(x, n * x.stride(0) + d * stride(0) + h * stride(1)), x.stride(1), stride(2)};
+      const Matrix src{x.at(n * x.stride[0] + d * stride(0) + h * stride(1)), x.stride[1], stride(2)};
       T* row = dst + g.place(d + g.padding[0], h + g.padding[1], g.padding[2]) * C;
-      kernel.transpose(input_type(x), src, C, g.in[2], row, C);
+      kernel.transpose(x.type, src, C, g.in[2], row, C);
     }
   }
 }
@@ -105,14 +105,14 @@ std::vector<int64_t> kernel_offsets(const Geometry& g) {
 }
 
 // δ of one sample as [p, o]; joins the output axes, which must lie as in a contiguous tensor up to one common stride.
-Matrix delta_matrix(const Tensor& delta, int64_t n, int64_t output) {
-  return {element(delta, n * delta.stride(0) + output * delta.stride(1)), delta.stride(delta.dim() - 1),
-          delta.stride(1)};
+Matrix delta_matrix(const View& delta, int64_t n, int64_t output) {
+  return {delta.at(n * delta.stride[0] + output * delta.stride[1]), delta.stride[delta.dims - 1], delta.stride[1]};
 }
 
 template <class T>
 void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tensor& x, bool square) {
   const Kernels<T>& kernel = kernels_for<T>();
+  const View deltas(delta), inputs(x);
   const int64_t C = g.channels, group_channels = C / g.groups, group_outputs = g.outputs / g.groups;
   const int64_t K = g.entries(), columns = K * group_channels;
   const TiledShape shape{delta.size(0), g.positions(), g.groups, group_outputs, columns};
@@ -125,12 +125,12 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
   const auto prepare = [&](int64_t first, int64_t count) {
     chunk_first = first;
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) copy_padded(g, x, first + n, images.get() + n * image);
+      for (int64_t n = begin; n < end; ++n) copy_padded(g, inputs, first + n, images.get() + n * image);
     });
   };
   const auto pack_delta = [&](int64_t group, int64_t n, int64_t first, T* dst) {
     const int64_t width = kernel.tile_rows;
-    kernel.pack(input_type(delta), delta_matrix(delta, n, group * group_outputs + first), shape.rows,
+    kernel.pack(deltas.type, delta_matrix(deltas, n, group * group_outputs + first), shape.rows,
                 std::min(width, group_outputs - first), width, Magnitude::kPlain, dst);
   };
   // Columns are (kernel entry, channel) pairs. Channels stand together in the images, kernel entries in Ω: going
@@ -168,6 +168,7 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
 template <class T>
 void run_depthwise(Tensor& omega, const Geometry& g, const Tensor& delta, const Tensor& x, bool square) {
   const Kernels<T>& kernel = kernels_for<T>();
+  const View view(delta), inputs(x);
   const int64_t C = g.channels, P = g.positions(), K = g.entries(), image = g.padded_positions() * C;
   const std::vector<int64_t> base = position_bases(g), offset = kernel_offsets(g);
   const Scratch<T> images(image), deltas(P * C), totals(K * C), sums(K * C);
@@ -175,10 +176,9 @@ void run_depthwise(Tensor& omega, const Geometry& g, const Tensor& delta, const 
   // Channels per task: whole cache lines.
   const int64_t step = std::min<int64_t>(C, 64 / int64_t(sizeof(T)));
   for (int64_t n = 0; n < delta.size(0); ++n) {
-    copy_padded(g, x, n, images.get());
-    kernel.transpose(input_type(delta),
-                     {delta_matrix(delta, n, 0).data, delta.stride(1), delta.stride(delta.dim() - 1)}, C, P,
-                     deltas.get(), C);
+    copy_padded(g, inputs, n, images.get());
+    const Matrix rows = delta_matrix(view, n, 0);
+    kernel.transpose(view.type, {rows.data, rows.column_stride, rows.row_stride}, C, P, deltas.get(), C);
     torch::stable::parallel_for(0, ceil_div(C, step), 1, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin * step; c < std::min(end * step, C); c += step) {
         const int64_t width = std::min(step, C - c);

@@ -18,8 +18,10 @@ template <class T>
 void run(Tensor& omega, const Tensor& delta, const Tensor& ids, int64_t padding_idx, bool square) {
   const Kernels<T>& kernel = kernels_for<T>();
   const int64_t samples = ids.size(0), positions = ids.size(1), vocabulary = omega.size(0), width = omega.size(1);
+  const View deltas(delta);
   const auto* id = static_cast<const int64_t*>(ids.const_data_ptr());
-  const auto id_at = [&](int64_t n, int64_t t) { return id[n * ids.stride(0) + t * ids.stride(1)]; };
+  const int64_t sample_stride = ids.stride(0), position_stride = ids.stride(1);
+  const auto id_at = [=](int64_t n, int64_t t) { return id[n * sample_stride + t * position_stride]; };
 
   // Per sample, the positions in the order of their ids: equal ids stand together.
   std::vector<int64_t> order(samples * positions);
@@ -45,14 +47,14 @@ void run(Tensor& omega, const Tensor& delta, const Tensor& ids, int64_t padding_
     const int64_t column = begin * line, columns = std::min(end * line, width) - column;
     for (int64_t n = 0; n < samples; ++n) {
       const int64_t* row = order.data() + n * positions;
-      const Matrix rows{element(delta, n * delta.stride(0) + column * delta.stride(2)), delta.stride(1),
-                        delta.stride(2)};
+      const Matrix rows{deltas.at(n * deltas.stride[0] + column * deltas.stride[2]), deltas.stride[1],
+                        deltas.stride[2]};
       for (int64_t t = 0; t < positions;) {
         const int64_t v = id_at(n, row[t]);
         int64_t run_end = t + 1;
         while (run_end < positions && id_at(n, row[run_end]) == v) ++run_end;
         if (v != padding_idx) {
-          kernel.gather(input_type(delta), rows, row + t, run_end - t, columns, magnitude, out + v * width + column);
+          kernel.gather(deltas.type, rows, row + t, run_end - t, columns, magnitude, out + v * width + column);
         }
         t = run_end;
       }

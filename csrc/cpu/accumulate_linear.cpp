@@ -9,7 +9,7 @@ namespace {
 template <class T>
 void run(Tensor& omega, const Tensor& delta, const Tensor& x, bool square) {
   const Kernels<T>& kernel = kernels_for<T>();
-  const Input type = input_type(delta);
+  const View deltas(delta), inputs(x);
   const int64_t outputs = omega.size(0), columns = omega.size(1);
   const bool single = delta.size(1) == 1;
   // With one position, |δ xᵀ| = |δ| |x|ᵀ: the magnitudes are taken while packing, and samples are summed as positions
@@ -20,20 +20,21 @@ void run(Tensor& omega, const Tensor& delta, const Tensor& x, bool square) {
   if (single) std::swap(shape.samples, shape.rows);
   const int64_t sample_axis = single ? 1 : 0, row_axis = single ? 0 : 1;
 
-  const auto pack = [&](const Tensor& data, int64_t n, int64_t row, int64_t rows, int64_t first, int64_t size,
+  const auto pack = [&](const View& data, int64_t n, int64_t row, int64_t rows, int64_t first, int64_t size,
                         int64_t width, T* dst) {
-    const int64_t row_stride = data.stride(row_axis), column_stride = data.stride(2);
-    const int64_t offset = n * data.stride(sample_axis) + row * row_stride + first * column_stride;
-    kernel.pack(type, {element(data, offset), row_stride, column_stride}, rows, std::min(width, size - first), width,
+    const int64_t row_stride = data.stride[row_axis], column_stride = data.stride[2];
+    const int64_t offset = n * data.stride[sample_axis] + row * row_stride + first * column_stride;
+    kernel.pack(data.type, {data.at(offset), row_stride, column_stride}, rows, std::min(width, size - first), width,
                 of_operands, dst);
   };
   const auto pack_delta = [&](int64_t, int64_t n, int64_t first, T* dst) {
-    pack(delta, n, 0, shape.rows, first, outputs, kernel.tile_rows, dst);
+    pack(deltas, n, 0, shape.rows, first, outputs, kernel.tile_rows, dst);
   };
   const auto panel_of_x = [&](int64_t, int64_t first_sample, int64_t count, int64_t row, int64_t rows, int64_t first,
                               T* dst) {
     for (int64_t n = 0; n < count; ++n) {
-      pack(x, first_sample + n, row, rows, first, columns, kernel.tile_columns, dst + n * rows * kernel.tile_columns);
+      pack(inputs, first_sample + n, row, rows, first, columns, kernel.tile_columns,
+           dst + n * rows * kernel.tile_columns);
     }
     return PanelOfX<T>{dst};
   };

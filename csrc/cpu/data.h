@@ -24,10 +24,26 @@ inline Input input_type(const Tensor& data) {
   }
 }
 
-// Address of element `offset` of a tensor's data.
-inline const void* element(const Tensor& data, int64_t offset) {
-  return static_cast<const char*>(data.const_data_ptr()) + offset * int64_t(data.element_size());
-}
+// What inner loops ask of a tensor, asked once: each question to the tensor itself is a call through the stable ABI.
+struct View {
+  explicit View(const Tensor& tensor)
+      : type(input_type(tensor)),
+        dims(tensor.dim()),
+        data(static_cast<const char*>(tensor.const_data_ptr())),
+        element_size(int64_t(tensor.element_size())) {
+    for (int64_t axis = 0; axis < dims; ++axis) stride[axis] = tensor.stride(axis);
+  }
+  // Address of element `offset`.
+  const void* at(int64_t offset) const { return data + offset * element_size; }
+
+  Input type;
+  int64_t dims;
+  int64_t stride[5];  // no op has more axes
+
+ private:
+  const char* data;
+  int64_t element_size;
+};
 
 inline Magnitude magnitude_of_statistic(bool square) { return square ? Magnitude::kSquare : Magnitude::kAbs; }
 

@@ -21,7 +21,7 @@ constexpr int64_t kChunkRows = 1024;
 // Packed δ of a chunk, unless a single sample has more.
 constexpr int64_t kChunkBytes = 1 << 20;
 // Tasks per thread, so that uneven ones even out.
-constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kTasksPerThread = 16;
 
 struct TiledShape {
   int64_t samples, rows;     // N, T
@@ -44,6 +44,17 @@ struct PanelOfX {
   int64_t sample_stride = 0;
   const int64_t *base = nullptr, *offset = nullptr;
 };
+
+// Fetches a tile's rows of Ω while it is being computed: they are met once a chunk of samples, and cold by then.
+template <class T, class OmegaRow>
+void prefetch_omega(const OmegaRow& omega_row, int64_t group, int64_t first, int64_t outputs, int64_t column,
+                    int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t o = first; o < outputs; ++o) {
+    const T* const row = omega_row(group, o) + column;
+    for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(row + c, 1);
+  }
+}
 
 template <class T>
 void run_tile(const T* delta, const PanelOfX<T>& panel, int64_t samples, int64_t rows, Magnitude magnitude, T* tile) {
@@ -91,17 +102,24 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
       const Scratch<T> x(std::max(chunk * block, block) * NR);
       // Sums of |·|, and for samples of several blocks their plain sums so far.
       const Scratch<T> totals(most * tile_size), partial(most * tile_size);
+      PanelOfX<T> packed{};  // tasks of the same panel follow one another
       for (int64_t task = begin; task < end; ++task) {
         const int64_t output_block = task % output_blocks, panel = task / output_blocks % column_panels;
         const int64_t group = task / output_blocks / column_panels;
         const int64_t o_begin = output_block * output_panels / output_blocks;
         const int64_t o_end = (output_block + 1) * output_panels / output_blocks;
+        const int64_t columns = std::min(NR, shape.columns - panel * NR);
         const T* deltas = delta.get() + group * output_panels * panel_size;
         std::fill_n(totals.get(), (o_end - o_begin) * tile_size, T(0));
         if (block == shape.rows) {
-          const PanelOfX<T> columns = panel_of_x(group, first, count, 0, shape.rows, panel * NR, x.get());
+          if (task == begin || output_block == 0) {
+            packed = panel_of_x(group, first, count, 0, shape.rows, panel * NR, x.get());
+          }
           for (int64_t o = o_begin; o < o_end; ++o) {
-            run_tile(deltas + o * panel_size, columns, count, shape.rows, magnitude,
+            if (!column_offset) {
+              prefetch_omega<T>(omega_row, group, o * MR, std::min(o * MR + MR, shape.outputs), panel * NR, columns);
+            }
+            run_tile(deltas + o * panel_size, packed, count, shape.rows, magnitude,
                      totals.get() + (o - o_begin) * tile_size);
           }
         } else {
@@ -109,16 +127,15 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
             std::fill_n(partial.get(), (o_end - o_begin) * tile_size, T(0));
             for (int64_t row = 0; row < shape.rows; row += block) {
               const int64_t rows = std::min(block, shape.rows - row);
-              const PanelOfX<T> columns = panel_of_x(group, first + n, 1, row, rows, panel * NR, x.get());
+              packed = panel_of_x(group, first + n, 1, row, rows, panel * NR, x.get());
               for (int64_t o = o_begin; o < o_end; ++o) {
-                run_tile(deltas + o * panel_size + (n * shape.rows + row) * MR, columns, 1, rows, Magnitude::kPlain,
+                run_tile(deltas + o * panel_size + (n * shape.rows + row) * MR, packed, 1, rows, Magnitude::kPlain,
                          partial.get() + (o - o_begin) * tile_size);
               }
             }
             kernel.fold(partial.get(), (o_end - o_begin) * tile_size, magnitude, totals.get());
           }
         }
-        const int64_t columns = std::min(NR, shape.columns - panel * NR);
         for (int64_t o = o_begin * MR; o < std::min(o_end * MR, shape.outputs); ++o) {
           const T* row = totals.get() + (o - o_begin * MR) * NR;
           T* const out = omega_row(group, o);

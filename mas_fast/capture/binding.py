@@ -3,9 +3,8 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from mas_fast.capture.layout import Layout, split_samples
 from mas_fast.kernels import ops
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """The gradient of a call's output, with the sample axis known."""
 
     value: Tensor  # δ, in the shape of the output
@@ -38,8 +36,7 @@ class Delta:
 Accumulate = Callable[[Mapping[str, Tensor], Delta, tuple[Any, ...], bool], None]
 
 
-@dataclass(frozen=True)
-class Binding:
+class Binding(NamedTuple):
     """One call, understood by a rule."""
 
     rule: str
@@ -75,17 +72,17 @@ def bind(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Bindi
     found = RULES.get(function)
     if found is None:
         return None
-    try:
-        _signature(found).bind(*args, **kwargs)
-    except TypeError:
-        # Spelled in a way that the rule does not know, such as mat2= for torch.mm.
-        return None
-    return found(*args, **kwargs)
+    # Spelled in a way that the rule does not know, such as mat2= for torch.mm.
+    return found(*args, **kwargs) if _takes(found, len(args), tuple(kwargs)) else None
 
 
 @cache
-def _signature(found: Rule) -> inspect.Signature:
-    return inspect.signature(found)
+def _takes(found: Rule, positional: int, keywords: tuple[str, ...]) -> bool:
+    try:
+        inspect.signature(found).bind(*[None] * positional, **dict.fromkeys(keywords))
+    except TypeError:
+        return False
+    return True
 
 
 @contextmanager

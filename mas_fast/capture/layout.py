@@ -10,6 +10,7 @@ so one number per entry of the axis is kept from the first backward to the secon
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Layout(NamedTuple):
         """Move the samples to a first axis of their own: [..., N·m, ...] -> [N, ..., m, ...]; m = 1 leaves no axis."""
         folded = tensor.shape[self.axis] // samples
         if folded == 1:
-            return tensor.movedim(self.axis, 0)
+            return tensor.movedim(self.axis, 0) if self.axis else tensor
         if self.order == "outer":
             return tensor.unflatten(self.axis, (samples, folded)).movedim(self.axis, 0)
         return tensor.unflatten(self.axis, (folded, samples)).movedim(self.axis + 1, 0)
@@ -40,21 +41,26 @@ def split_samples(tensor: Tensor, layout: Layout | None, samples: int) -> Tensor
 def sample_weights(samples: int, like: Tensor) -> Tensor:
     """Return [N] powers of two that differ between samples as far as the dtype of `like` allows."""
     # float16 leaves room for few powers; elsewhere 41 of them keep every plain product far from overflow.
-    span = 4 if like.dtype == torch.float16 else 20
+    return _powers(samples, 4 if like.dtype == torch.float16 else 20).to(like)
+
+
+@lru_cache(maxsize=16)
+def _powers(samples: int, span: int) -> Tensor:
     generator = torch.Generator().manual_seed(samples)
     rounds = math.ceil(samples / (2 * span + 1))
-    exponents = torch.cat([torch.randperm(2 * span + 1, generator=generator) - span for _ in range(rounds)])
-    return torch.exp2(exponents[:samples].double()).to(like)
+    # Each of the powers once, in an order of its own, and again.
+    exponents = torch.rand(rounds, 2 * span + 1, generator=generator).argsort(1).flatten() - span
+    return torch.exp2(exponents[:samples].double())
 
 
 class Fingerprint(NamedTuple):
     """A random projection of δ on each axis that may hold the samples, and the magnitude of what was summed."""
 
     sums: dict[int, Tensor]  # axis -> [size]
-    scales: dict[int, Tensor]
+    scales: dict[int, Tensor]  # the same, unless left out
 
     @classmethod
-    def of(cls, delta: Tensor, axes: Iterable[int], samples: int) -> "Fingerprint":
+    def of(cls, delta: Tensor, axes: Iterable[int], samples: int, scaled: bool = True) -> "Fingerprint":
         """Project δ on each of the candidate axes."""
         sums, scales = {}, {}
         wide = delta.float() if delta.dtype in (torch.bfloat16, torch.float16) else delta
@@ -63,17 +69,25 @@ class Fingerprint(NamedTuple):
             if size == 0 or size % samples:
                 continue
             rows = wide.movedim(axis, 0).reshape(size, -1)
-            # Signs and sizes are random, so that contributions of several samples to one entry cannot cancel.
-            generator = torch.Generator().manual_seed(rows.shape[1])
-            probe = (torch.rand(rows.shape[1], generator=generator, dtype=torch.float64) + 0.5).to(rows)
-            probe *= (torch.randint(0, 2, (rows.shape[1],), generator=generator) * 2 - 1).to(rows)
-            # 1.5 is the largest |probe|; the norm needs no |rows|, which would be as large as δ.
-            sums[axis], scales[axis] = rows @ probe, 1.5 * torch.linalg.vector_norm(rows, 1, dim=1)
+            width = rows.shape[1]
+            sums[axis] = rows @ (_kept_probe(width) if width <= 4096 else _probe(width)).to(rows)
+            if scaled:
+                # 1.5 is the largest |probe|; the norm needs no |rows|, which would be as large as δ.
+                scales[axis] = 1.5 * torch.linalg.vector_norm(rows, 1, dim=1)
         return cls(sums, scales)
 
     def vanishes(self) -> bool:
         """Return whether δ is zero throughout, so that any layout adds nothing."""
         return bool(self.sums) and not any(bool(scale.any()) for scale in self.scales.values())
+
+
+def _probe(width: int) -> Tensor:
+    """Return random numbers in ±[0.5, 1.5): contributions of several samples to one entry must not cancel."""
+    probe = torch.rand(width, generator=torch.Generator().manual_seed(width), dtype=torch.float64) * 2 - 1
+    return probe + probe.sign() / 2
+
+
+_kept_probe = lru_cache(maxsize=64)(_probe)
 
 
 def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float) -> list[Layout]:
@@ -94,12 +108,14 @@ def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float
     tolerance = eps**0.75
     for axis, sums in plain.sums.items():
         folded = len(sums) // samples
-        expected = {"outer": weights.repeat_interleave(folded), "inner": weights.repeat(folded)}
-        for order in ("outer",) if folded == 1 else ("outer", "inner"):
-            w = expected[order].to(sums)
-            near = (weighted.sums[axis] - w * sums).abs() <= tolerance * w * plain.scales[axis]
-            seen = w[plain.scales[axis] > 0]
+        expected = {"outer": weights}
+        if folded > 1:
+            expected = {"outer": weights.repeat_interleave(folded), "inner": weights.repeat(folded)}
+        scales = plain.scales[axis]
+        for order, w in expected.items():
+            w = w.to(sums)
+            excess = torch.addcmul(weighted.sums[axis], w, sums, value=-1).abs_().addcmul_(w, scales, value=-tolerance)
             # One weight alone is no evidence: two samples with different ones must have been told apart.
-            if bool(near.all()) and len(seen) and bool(seen.min() != seen.max()):
+            if bool((excess <= 0).all()) and w[scales > 0].unique().numel() > 1:
                 proved.append(Layout(axis, order))
     return proved

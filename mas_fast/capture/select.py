@@ -31,7 +31,7 @@ SELECTIONS: frozenset[Any] = CASTS | {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Tracked:
     """A parameter, or what was picked from it, with the Ω that its gradients' magnitudes are added to."""
 

@@ -5,6 +5,7 @@ moves entries, and, for all else, one backward per sample for that parameter alo
 after every forward the graph is searched for uses that no rule saw.
 """
 
+import math
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,9 @@ from mas_fast.capture.tap import Tap, TapFunction
 from mas_fast.capture.trace import Trace
 from mas_fast.errors import CaptureError
 from mas_fast.reference import magnitude
+
+# Ω of matrices is read for inf and nan once in so many batches: for a small model, reading it is felt.
+_CHECKED_EVERY = 8
 
 
 class _Phase(Enum):
@@ -75,11 +79,13 @@ class Capture:
         for name, parameter in self.parameters.items():
             wide = torch.promote_types(dtype, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
             self.sums[name] = torch.zeros(parameter.shape, dtype=wide, device=parameter.device)
+        self.whole = {name: track(name, p, self.sums[name]) for name, p in self.parameters.items()}
         self.fallback: dict[str, str] = {}  # name -> why it goes through the loop
         self.rules: dict[str, str] = {}  # name -> rules that served it
         self.uses: dict[str, int] = dict.fromkeys(self.parameters, 0)
         self._sites: dict[SiteKey, Site] = {}
         self._disjoint: set[tuple[Hashable, str]] = set()  # (trace, name) of uses that share no entry
+        self._batches = 0
         self._broken = False  # an error came after some of a batch had been added
         self._weighed: _Weighed | None = None  # left by a forward for the next one of the same batch
         self._one_graph = False  # prove on one graph: the forwards of this batch differ
@@ -96,7 +102,8 @@ class Capture:
 
         Raises:
             CaptureError: Exactness cannot be had: see the message.
-            FloatingPointError: An objective or a gradient is not finite.
+            FloatingPointError: An objective or a gradient is not finite. Of the gradient of a matrix without a bias
+                this may be said some batches later.
         """
         self.check_whole()
         pending = set(self.parameters)
@@ -113,7 +120,8 @@ class Capture:
                 pending = forward.left
         if self.fallback and self.unsupported == "raise":
             raise CaptureError(self._list_fallback())
-        self._check_finite()
+        self._batches += 1
+        self.check_finite(thoroughly=self._batches % _CHECKED_EVERY == 0)
         self._broken = False
         self.num_samples += samples
         return samples
@@ -140,11 +148,25 @@ class Capture:
             + "\npass unsupported='loop' for one backward per sample for these, or leave them out with parameters="
         )
 
-    def _check_finite(self) -> None:
-        totals = torch.stack([total.sum().double().cpu() for total in self.sums.values()])
-        if not bool(totals.isfinite().all()):
-            bad = [name for name, total in zip(self.sums, totals, strict=True) if not bool(total.isfinite())]
-            raise FloatingPointError(_not_finite(bad))
+    def check_finite(self, thoroughly: bool = True) -> None:
+        """Raise if a sum is not finite.
+
+        Args:
+            thoroughly: Look at all sums, and not only at those of vectors, which cost next to nothing: what is wrong
+                with a layer's δ shows in its bias.
+
+        Raises:
+            FloatingPointError: One is not; names the parameters.
+        """
+        # A sum reads Ω once and takes no memory. Those that overflow by themselves are looked at again.
+        sums: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for total in self.sums.values():
+            if thoroughly or total.dim() < 2:
+                sums.setdefault((total.dtype, total.device), []).append(total.sum())
+        if not all(math.isfinite(float(torch.stack(group).sum())) for group in sums.values()):
+            bad = [name for name, total in self.sums.items() if not bool(total.isfinite().all())]
+            if bad:
+                raise FloatingPointError(_not_finite(bad))
 
 
 class _Weighed(NamedTuple):
@@ -174,9 +196,10 @@ class _Forward(TorchFunctionMode):
         self.token = torch.zeros((), requires_grad=True)
         self.trace = Trace()
         self.program: Hashable = None  # (trace, N), once the forward is through
-        for name, parameter in capture.parameters.items():
+        for name, source in capture.whole.items():
             if name not in capture.fallback:
-                self.tracked[id(parameter)] = track(name, parameter, capture.sums[name])
+                source.version = source.tensor._version
+                self.tracked[id(source.tensor)] = source
 
     # The forward
 
@@ -321,7 +344,7 @@ class _Forward(TorchFunctionMode):
                 f"parameters must not change during the forward, got in-place changes of {', '.join(changed)}; "
                 "move the change out of forward()"
             )
-        if not bool(values.isfinite().all()):
+        if not math.isfinite(float(values.detach().sum())) and not bool(values.isfinite().all()):
             row = int((~values.detach().isfinite()).nonzero()[0])
             raise FloatingPointError(f"objective must be finite, got {float(values[row].detach())} for sample {row}")
 
@@ -454,7 +477,7 @@ class _Forward(TorchFunctionMode):
         if self.phase in (_Phase.IDLE, _Phase.LOOP):
             return
         if not self._proven(tap):
-            fingerprint = Fingerprint.of(delta, tap.axes, self.samples)
+            fingerprint = Fingerprint.of(delta, tap.axes, self.samples, scaled=self.phase is not _Phase.WEIGH)
             if self.phase is _Phase.WEIGH:
                 tap.weighted = fingerprint
                 return

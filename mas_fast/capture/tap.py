@@ -16,7 +16,7 @@ from mas_fast.capture.site import Site
 Receive = Callable[["Tap", Tensor, tuple[Any, ...]], None]
 
 
-@dataclass
+@dataclass(slots=True)
 class Tap:
     """One call of one forward whose δ adds to Ω."""
 

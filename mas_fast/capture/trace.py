@@ -42,12 +42,15 @@ class Trace:
         """Add a call."""
         name = getattr(function, "__name__", "")
         self.reads |= name in _READS
-        routed = [*args[1:], *kwargs.values()] if name in _ROUTES else []
-        if name in ("embedding", "embedding_bag"):
+        routed: Any = ()
+        if name in _ROUTES:
+            routed = _values([*args[1:], *kwargs.values()])
+        elif name in ("embedding", "embedding_bag"):
             # Rows of data are routed by the ids; rows of a parameter are the same for all samples.
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            routed = [] if any(isinstance(t, nn.Parameter) for t in tensors) else tensors
-        self.key = hash((self.key, function, _form(args), _form(tuple(kwargs.items())), _values(routed)))
+            routed = () if any(isinstance(t, nn.Parameter) for t in tensors) else _values(tensors)
+        named = tuple((key, _form(value)) for key, value in kwargs.items()) if kwargs else ()
+        self.key = hash((self.key, function, *[_form(a) for a in args], named, routed))
 
 
 def _form(value: Any) -> Any:
@@ -55,7 +58,7 @@ def _form(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape
     if isinstance(value, (tuple, list)):
-        return tuple(map(_form, value))
+        return tuple([_form(item) for item in value])
     if isinstance(value, slice):
         return _form((value.start, value.stop, value.step))
     return value if isinstance(value, (int, str, torch.dtype, type(None))) else type(value)

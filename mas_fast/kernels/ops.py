@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -156,8 +156,7 @@ def accumulate_linear_(omega: Tensor, grad_output: Tensor, input: Tensor, square
         # Ωᵀ of y = W x is Ω with x and δ exchanged.
         omega, grad_output, input = omega.mT, input, grad_output
     grad_output, input = _common_dtype(omega, grad_output, input)
-    with contiguous(omega) as buffer:
-        torch.ops.mas_fast.accumulate_linear_(buffer, grad_output, input, square)
+    _add_into(omega, torch.ops.mas_fast.accumulate_linear_, grad_output, input, square)
 
 
 def accumulate_conv_(
@@ -203,10 +202,8 @@ def accumulate_conv_(
     _check_data("grad_output", grad_output, omega, axes + 2)
     _check_shape("grad_output", grad_output, [samples, omega.shape[0], *out])
     grad_output, input = _common_dtype(omega, grad_output, input)
-    with contiguous(omega) as buffer:
-        torch.ops.mas_fast.accumulate_conv_(
-            buffer, grad_output, input, list(stride), list(padding), list(dilation), groups, square
-        )
+    geometry = list(stride), list(padding), list(dilation), groups
+    _add_into(omega, torch.ops.mas_fast.accumulate_conv_, grad_output, input, *geometry, square)
 
 
 def accumulate_embedding_(
@@ -233,8 +230,7 @@ def accumulate_embedding_(
     if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < omega.shape[0]:
         raise ValueError(f"ids must lie in [0, {omega.shape[0]}), got {int(ids.min())} to {int(ids.max())}")
     (grad_output,) = _common_dtype(omega, grad_output)
-    with contiguous(omega) as buffer:
-        torch.ops.mas_fast.accumulate_embedding_(buffer, grad_output, ids.long(), padding_idx, square)
+    _add_into(omega, torch.ops.mas_fast.accumulate_embedding_, grad_output, ids.long(), padding_idx, square)
 
 
 def accumulate_affine_(
@@ -295,6 +291,15 @@ def contiguous(omega: MaybeTensor) -> Iterator[MaybeTensor]:
         omega += buffer
 
 
+def _add_into(omega: Tensor, op: Callable[..., None], *rest: Any) -> None:
+    # Without the context where it does nothing: small models feel it.
+    if omega.is_contiguous():
+        op(omega, *rest)
+        return
+    with contiguous(omega) as buffer:
+        op(buffer, *rest)
+
+
 def _check_omega(name: str, omega: Tensor, dims: int) -> None:
     if omega.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name} must be float32 or float64, got {omega.dtype}; Ω is never accumulated in less")
@@ -325,4 +330,4 @@ def _common_dtype(omega: Tensor, *data: Tensor) -> tuple[Tensor, ...]:
         dtypes = {t.dtype for t in data}
         narrow = dtypes in ({torch.bfloat16}, {torch.float16})
         dtype = dtypes.pop() if narrow else torch.float32
-    return tuple(t.detach().to(dtype) for t in data)
+    return tuple([t.detach().to(dtype) if t.requires_grad or t.dtype != dtype else t for t in data])
