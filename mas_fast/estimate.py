@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mas_fast.capture.refuse import Refusing
-from mas_fast.capture.session import Capture, uncompiled
+from mas_fast.capture.session import MEMORY_BUDGET, Capture, uncompiled
 from mas_fast.checks import DTYPES
 from mas_fast.coverage import Coverage
 from mas_fast.errors import CaptureError
@@ -34,6 +34,7 @@ def estimate_importance(
     dtype: torch.dtype = torch.float32,
     unsupported: str = "loop",
     progress: bool = False,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> Importance:
     """Compute Ω = (1/N) Σ_n |∂objective(F(x_n; θ))/∂θ|, exactly, in one pass over unlabelled data.
 
@@ -54,6 +55,9 @@ def estimate_importance(
         unsupported: What no rule is exact for takes one backward per sample ("loop", reported in `.coverage`), or
             is an error that lists it all ("raise").
         progress: Show a progress bar.
+        memory_budget: Bytes that the gradients of single samples may take, for parameters whose gradients must be
+            summed over several uses, or pulled back through a function such as weight norm, before |·| is taken. One
+            sample's are formed at least.
 
     Returns:
         Importance: name -> Ω, with .num_samples and .coverage.
@@ -71,7 +75,13 @@ def estimate_importance(
         raise TypeError("data must be an iterable of batches, got a tensor, whose rows are no batches; pass [data]")
     run = forward or default_forward
     with capture(
-        model, statistic=statistic, scope=scope, parameters=parameters, dtype=dtype, unsupported=unsupported
+        model,
+        statistic=statistic,
+        scope=scope,
+        parameters=parameters,
+        dtype=dtype,
+        unsupported=unsupported,
+        memory_budget=memory_budget,
     ) as session:
         name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", repr(objective))
         # An unknown name should not wait for the first batch.
@@ -166,6 +176,7 @@ def capture(
     parameters: Parameters = None,
     dtype: torch.dtype = torch.float32,
     unsupported: str = "loop",
+    memory_budget: int = MEMORY_BUDGET,
 ) -> Iterator[Session]:
     """Run a model under capture, for people who own their loop.
 
@@ -186,6 +197,7 @@ def capture(
         parameters: Names, or a predicate (name, parameter) -> bool.
         dtype: Floating dtype of Ω.
         unsupported: "loop" or "raise".
+        memory_budget: Bytes; see `estimate_importance`.
 
     Yields:
         Session: with .accumulate(objectives), .importance(), .num_samples.
@@ -209,7 +221,8 @@ def capture(
     inner = getattr(model, "_orig_mod", model)
     # What is made in inference mode can neither be summed into nor be saved for a backward.
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), _left_as_found(inner):
-        yield Session(inner, scope, selected, square=statistic == "square", dtype=dtype, unsupported=unsupported)
+        options = {"dtype": dtype, "unsupported": unsupported, "memory_budget": memory_budget}
+        yield Session(inner, scope, selected, square=statistic == "square", **options)
 
 
 def _select_parameters(model: nn.Module, wanted: Parameters) -> dict[str, nn.Parameter]:

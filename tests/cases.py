@@ -342,31 +342,32 @@ def mixed_selection(self, x):
     return F.linear(x, self.w[:4]) + F.linear(x, self.w[2:])
 
 
-# name -> builder of (model, batch, names of the parameters that must take the loop)
-LOOPED = {
-    "tied": lambda: (Lambda(tied, tokens=nn.Embedding(7, 5)), torch.randint(0, 7, (4, 3)), {"tokens.weight"}),
-    "shared": lambda: (Lambda(shared, layer=nn.Linear(5, 5)), torch.randn(6, 5), {"layer.weight", "layer.bias"}),
-    "custom_function": lambda: (Lambda(unseen, w=torch.randn(5), head=nn.Linear(5, 2)), torch.randn(6, 5), {"w"}),
-    "assignment": lambda: (Lambda(assigned, linear=nn.Linear(5, 3), cls=torch.randn(())), torch.randn(6, 5), {"cls"}),
-    "overlapping_slices": lambda: (Lambda(mixed_selection, w=_d(5, 6)), torch.randn(6, 5), {"w"}),
-    "scaled_weight": lambda: (Lambda(lambda m, x: x @ (0.5 * m.w), w=_d(4, 5)), torch.randn(6, 5), {"w"}),
-    "scaled_weight_square": lambda: (Lambda(lambda m, x: x @ (0.5 * m.w), w=_d(6, 6)), torch.randn(6, 6), {"w"}),
+# name -> builder of (model, batch): reused and derived parameters, whose gradients are summed before |·|
+JOINED = {
+    "tied": lambda: (Lambda(tied, tokens=nn.Embedding(7, 5)), torch.randint(0, 7, (4, 3))),
+    "shared": lambda: (Lambda(shared, layer=nn.Linear(5, 5)), torch.randn(6, 5)),
+    "overlapping_slices": lambda: (Lambda(mixed_selection, w=_d(5, 6)), torch.randn(6, 5)),
+    "scaled_weight": lambda: (Lambda(lambda m, x: x @ (0.5 * m.w), w=_d(4, 5)), torch.randn(6, 5)),
+    "scaled_weight_square": lambda: (Lambda(lambda m, x: x @ (0.5 * m.w), w=_d(6, 6)), torch.randn(6, 6)),
     "exp_of_weight": lambda: (
         Lambda(lambda m, x: m.head(x * m.log_scale.exp()), log_scale=torch.randn(5), head=nn.Linear(5, 2)),
         torch.randn(6, 5),
-        {"log_scale"},
     ),
-    "weight_on_the_left": lambda: (Lambda(lambda m, x: (m.w @ x.T).T, w=_d(5, 3)), torch.randn(6, 5), {"w"}),
+    "weight_on_the_left": lambda: (Lambda(lambda m, x: (m.w @ x.T).T, w=_d(5, 3)), torch.randn(6, 5)),
     "repeated_rows": lambda: (
         Lambda(lambda m, x: x + m.table[torch.tensor([1, 1, 0])], table=_d(5, 2)),
         torch.randn(6, 3, 5),
-        {"table"},
     ),
     "attention_module": lambda: (
         Lambda(lambda m, x: m.attention(x, x, x)[0], attention=nn.MultiheadAttention(6, 2, batch_first=True)),
         torch.randn(5, 4, 6),
-        {"attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight", "attention.out_proj.bias"},
     ),
+}
+
+# name -> builder of (model, batch, names of the parameters that must take the loop)
+LOOPED = {
+    "custom_function": lambda: (Lambda(unseen, w=torch.randn(5), head=nn.Linear(5, 2)), torch.randn(6, 5), {"w"}),
+    "assignment": lambda: (Lambda(assigned, linear=nn.Linear(5, 3), cls=torch.randn(())), torch.randn(6, 5), {"cls"}),
     "lstm": lambda: (
         Lambda(lambda m, x: m.lstm(x)[0][:, -1], lstm=nn.LSTM(4, 5, batch_first=True)),
         torch.randn(4, 3, 4),

@@ -19,10 +19,15 @@ class Delta(NamedTuple):
     value: Tensor  # δ, in the shape of the output
     layout: Layout | None  # None: the batch is one sample
     samples: int
+    part: slice = slice(None)  # of the samples, to look at only some of them
 
     def split(self, tensor: Tensor) -> Tensor:
         """Give a tensor that shares the output's leading axes a first axis of N samples."""
-        return split_samples(tensor, self.layout, self.samples)
+        return split_samples(tensor, self.layout, self.samples)[self.part]
+
+    def alone(self, sample: int) -> Tensor:
+        """Return δ of one sample: that of all others is zero."""
+        return self.value if self.layout is None else self.layout.alone(self.value, sample, self.samples)
 
     def positions(self, tensor: Tensor, features: int = 1) -> Tensor:
         """Bring a tensor to [N, T, *features]: all axes between the samples and the last `features` are positions."""
@@ -35,6 +40,12 @@ class Delta(NamedTuple):
 # (Ω of each tracked role, δ, kept tensors, square) -> None
 Accumulate = Callable[[Mapping[str, Tensor], Delta, tuple[Any, ...], bool], None]
 
+# (Ω, role, δ and kept tensors of several calls, square) -> None: Σ_n |sum over the calls|, in one kernel
+Join = Callable[[Tensor, str, Sequence[tuple[Delta, tuple[Any, ...]]], bool], None]
+
+# (role, the tensor in that role, δ, kept tensors) -> its gradient for every sample of δ's part, [n, *shape]
+Gradients = Callable[[str, Tensor, Delta, tuple[Any, ...]], Tensor]
+
 
 class Binding(NamedTuple):
     """One call, understood by a rule."""
@@ -44,9 +55,11 @@ class Binding(NamedTuple):
     saved: tuple[
         Any, ...
     ]  # what `accumulate` needs of the forward; tensors among it are guarded against in-place changes
-    accumulate: Accumulate
+    accumulate: Accumulate | None  # None: only by way of `gradients`
+    gradients: Gradients
     # (shape of the output, shape of the parameter) -> the axes of the output that may hold the samples
     axes: Callable[[torch.Size, torch.Size], Iterable[int]]
+    join: Join | None = None
     inplace: bool = False  # the call changes its first argument and returns it
     view: bool = False  # the output shares the parameter's memory
     single: bool = False  # only one of the roles may be a parameter

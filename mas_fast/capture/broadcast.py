@@ -20,6 +20,15 @@ def _repeated_axes(parameter: torch.Size, output: torch.Size) -> list[int]:
     return [a for a, size in enumerate(output) if a < missing or (parameter[a - missing] == 1 and size != 1)]
 
 
+def _sums(target: torch.Size, delta: Delta) -> list[bool]:
+    """Return for each axis of one sample of a split δ whether the parameter repeats over it."""
+    output, layout = delta.value.shape, delta.layout
+    repeated = _repeated_axes(target, output)
+    # `split` takes the sample axis away unless several positions of a sample were folded into it.
+    gone = layout.axis if layout is not None and layout.single(output, delta.samples) else None
+    return [a in repeated for a in range(len(output)) if a != gone]
+
+
 def _rows(split: Tensor, sums: Sequence[bool]) -> Tensor | None:
     """Bring [N, *axes] to [N, R, K, S], axes to sum over before and after those to keep; None if they interleave."""
     kept = [axis for axis, summed in enumerate(sums) if not summed]
@@ -35,10 +44,7 @@ def _accumulate(
 ) -> None:
     ((role, target),) = omega.items()
     output = delta.value.shape
-    repeated = _repeated_axes(target.shape, output)
-    # `split` takes the sample axis away unless several positions of a sample were folded into it.
-    gone = delta.layout is not None and output[delta.layout.axis] == delta.samples
-    sums = [a in repeated for a in range(len(output)) if not (gone and delta.layout and a == delta.layout.axis)]
+    sums = _sums(target.shape, delta)
     grad_output = delta.split(delta.value)
     # Data may be narrower than the result, or integers; the factor is formed in no less than the result's dtype.
     operands = [t.to(torch.promote_types(t.dtype, delta.value.dtype)) for t in saved]
@@ -53,6 +59,16 @@ def _accumulate(
             ops.accumulate_affine_(None, entries, rows, square=square)
         else:
             ops.accumulate_affine_(entries, None, rows, _rows(other, sums), square=square)
+
+
+def _gradients(role: str, target: Tensor, delta: Delta, saved: tuple[Any, ...], factor: Factor | None) -> Tensor:
+    output = delta.value.shape
+    grad_output = delta.split(delta.value)
+    if factor is not None:
+        operands = [t.to(torch.promote_types(t.dtype, delta.value.dtype)) for t in saved]
+        grad_output = grad_output * delta.split(factor(role, *operands).broadcast_to(output))
+    axes = [a + 1 for a, summed in enumerate(_sums(target.shape, delta)) if summed]
+    return (grad_output.sum(axes) if axes else grad_output).reshape(-1, *target.shape)
 
 
 def _bind(
@@ -71,6 +87,7 @@ def _bind(
         roles=roles,
         saved=saved,
         accumulate=partial(_accumulate, factor=factor),
+        gradients=partial(_gradients, factor=factor),
         axes=lambda output, target: _repeated_axes(target, output),
         inplace=inplace,
         view=view,
@@ -113,6 +130,12 @@ _register("mul", ("mul_", "__imul__"), _product_factor, inplace=True)
 _register("div", ("div", "divide", "true_divide", "__truediv__", "__div__"), _quotient_factor)
 _register("div", ("div_", "__itruediv__"), _quotient_factor, inplace=True)
 _register("div", ("__rtruediv__", "__rdiv__"), _quotient_factor, swapped=True)
+
+
+# Calls that repeat a parameter for every sample, and meet no data in doing so.
+EXPANSIONS = frozenset(
+    {torch.Tensor.expand, torch.Tensor.broadcast_to, torch.broadcast_to, torch.Tensor.expand_as, torch.Tensor.repeat}
+)
 
 
 @rule(torch.Tensor.expand, torch.Tensor.broadcast_to, torch.broadcast_to)

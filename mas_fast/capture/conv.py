@@ -50,13 +50,37 @@ def _accumulate(
             )
         else:
             # There is no fourth axis: the ordinary weight gradient, one sample at a time.
-            options = (None, stride, padding, dilation, False, [0] * axes, groups, [False, True, False])
-            for delta_n, x_n in zip(grad_output, x, strict=True):
-                like = weight.to(delta_n.dtype)
-                gradient = torch.ops.aten.convolution_backward(delta_n, x_n.to(delta_n.dtype), like, *options)[1]
+            for sample in range(delta.samples):
+                one = delta._replace(part=slice(sample, sample + 1))
+                gradient = _gradients("weight", weight, one, saved, stride, padding, dilation, groups)[0]
                 weight += magnitude(gradient.to(weight.dtype), square)
     if "bias" in omega:
         ops.accumulate_affine_(None, omega["bias"], grad_output.flatten(3), square=square)
+
+
+def _gradients(
+    role: str,
+    target: Tensor,
+    delta: Delta,
+    saved: tuple[Any, ...],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    axes = len(stride)
+
+    def images(t: Tensor) -> Tensor:
+        split = delta.split(t)
+        return split.unsqueeze(1) if split.dim() == axes + 2 else split
+
+    grad_output = images(delta.value)
+    if role == "bias":
+        return grad_output.sum([1, *range(3, grad_output.dim())])
+    options = (None, stride, padding, dilation, False, [0] * axes, groups, [False, True, False])
+    pairs = zip(grad_output, images(saved[0]).to(grad_output.dtype), strict=True)
+    like = target.detach().to(grad_output.dtype)
+    return torch.stack([torch.ops.aten.convolution_backward(d, x, like, *options)[1] for d, x in pairs])
 
 
 def _sizes(value: int | Sequence[int], axes: int) -> list[int]:
@@ -91,6 +115,7 @@ def _bind(
         roles={"weight": weight, "bias": bias},
         saved=(x,),
         accumulate=partial(_accumulate, stride=stride, padding=sides, dilation=dilation, groups=groups),
+        gradients=partial(_gradients, stride=stride, padding=sides, dilation=dilation, groups=groups),
         axes=lambda *_: range(leading),
     )
 

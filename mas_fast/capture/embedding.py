@@ -19,6 +19,16 @@ def _accumulate(
     ops.accumulate_embedding_(omega["weight"], delta.positions(delta.value), ids, padding_idx, square)
 
 
+def _gradients(role: str, target: Tensor, delta: Delta, saved: tuple[Any, ...], padding_idx: int) -> Tensor:
+    ids, grad_output = delta.positions(saved[0], features=0), delta.positions(delta.value)
+    if padding_idx >= 0:
+        grad_output = grad_output.masked_fill((ids == padding_idx).unsqueeze(2), 0)
+    rows = ids.long() + torch.arange(len(ids), device=ids.device).unsqueeze(1) * target.shape[0]
+    gradients = grad_output.new_zeros(len(ids) * target.shape[0], target.shape[1])
+    gradients.index_add_(0, rows.flatten(), grad_output.flatten(0, 1))
+    return gradients.unflatten(0, (len(ids), target.shape[0]))
+
+
 @rule(F.embedding)
 def embedding(
     input: Tensor,
@@ -39,6 +49,7 @@ def embedding(
         roles={"weight": weight},
         saved=(input,),
         accumulate=partial(_accumulate, padding_idx=padding_idx),
+        gradients=partial(_gradients, padding_idx=padding_idx),
         axes=lambda output, _: range(len(output) - 1),
     )
 

@@ -18,19 +18,42 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """The samples are on `axis`; where it holds m positions of each, the sample index is the "outer" or the "inner"."""
+    """The samples are on `axis`; where it holds m positions of each, the sample index is the "outer" or the "inner".
+
+    With order "rows" the entries of the axis belong to samples in any way: `rows` [N, m] holds their places, and -1
+    where a sample has fewer than m.
+    """
 
     axis: int
     order: str = "outer"
+    rows: Tensor | None = None
+
+    def single(self, shape: torch.Size, samples: int) -> bool:
+        """Return whether every sample has one entry, so that `split` leaves no axis of positions."""
+        return self.rows is None and shape[self.axis] == samples
 
     def split(self, tensor: Tensor, samples: int) -> Tensor:
         """Move the samples to a first axis of their own: [..., N·m, ...] -> [N, ..., m, ...]; m = 1 leaves no axis."""
+        if self.rows is not None:
+            places = self.rows.flatten()
+            picked = tensor.movedim(self.axis, 0)[places.clamp(min=0)]
+            picked[places < 0] = 0
+            return picked.unflatten(0, self.rows.shape).movedim(1, self.axis + 1)
         folded = tensor.shape[self.axis] // samples
         if folded == 1:
             return tensor.movedim(self.axis, 0) if self.axis else tensor
         if self.order == "outer":
             return tensor.unflatten(self.axis, (samples, folded)).movedim(self.axis, 0)
         return tensor.unflatten(self.axis, (folded, samples)).movedim(self.axis + 1, 0)
+
+    def alone(self, tensor: Tensor, sample: int, samples: int) -> Tensor:
+        """Return the tensor with zeros where the other samples are."""
+        places = self.rows
+        if places is None:
+            every = torch.arange(tensor.shape[self.axis], device=tensor.device)
+            places = every.view(samples, -1) if self.order == "outer" else every.view(-1, samples).T
+        own = places[sample][places[sample] >= 0]
+        return torch.zeros_like(tensor).index_copy_(self.axis, own, tensor.index_select(self.axis, own))
 
 
 def split_samples(tensor: Tensor, layout: Layout | None, samples: int) -> Tensor:
@@ -40,8 +63,8 @@ def split_samples(tensor: Tensor, layout: Layout | None, samples: int) -> Tensor
 
 def sample_weights(samples: int, like: Tensor) -> Tensor:
     """Return [N] powers of two that differ between samples as far as the dtype of `like` allows."""
-    # float16 leaves room for few powers; elsewhere 41 of them keep every plain product far from overflow.
-    return _powers(samples, 4 if like.dtype == torch.float16 else 20).to(like)
+    # float16 leaves room for few powers; elsewhere 81 of them keep every plain product far from overflow.
+    return _powers(samples, 4 if like.dtype == torch.float16 else 40).to(like)
 
 
 @lru_cache(maxsize=16)
@@ -60,13 +83,13 @@ class Fingerprint(NamedTuple):
     scales: dict[int, Tensor]  # the same, unless left out
 
     @classmethod
-    def of(cls, delta: Tensor, axes: Iterable[int], samples: int, scaled: bool = True) -> "Fingerprint":
+    def of(cls, delta: Tensor, axes: Iterable[int], scaled: bool = True) -> "Fingerprint":
         """Project δ on each of the candidate axes."""
         sums, scales = {}, {}
         wide = delta.float() if delta.dtype in (torch.bfloat16, torch.float16) else delta
         for axis in axes:
             size = delta.shape[axis]
-            if size == 0 or size % samples:
+            if size == 0:
                 continue
             rows = wide.movedim(axis, 0).reshape(size, -1)
             width = rows.shape[1]
@@ -107,7 +130,9 @@ def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float
     # Rounding is the same in both runs except near underflow; a leak between samples below this is below rounding too.
     tolerance = eps**0.75
     for axis, sums in plain.sums.items():
-        folded = len(sums) // samples
+        folded, rest = divmod(len(sums), samples)
+        if rest:
+            continue
         expected = {"outer": weights}
         if folded > 1:
             expected = {"outer": weights.repeat_interleave(folded), "inner": weights.repeat(folded)}
@@ -118,4 +143,31 @@ def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float
             # One weight alone is no evidence: two samples with different ones must have been told apart.
             if bool((excess <= 0).all()) and w[scales > 0].unique().numel() > 1:
                 proved.append(Layout(axis, order))
-    return proved
+    if proved:
+        return proved
+    return [layout for axis in plain.sums for layout in _owned_rows(axis, plain, weighted, weights, tolerance)]
+
+
+def _owned_rows(
+    axis: int, plain: Fingerprint, weighted: Fingerprint, weights: Tensor, tolerance: float
+) -> list[Layout]:
+    """Return the layout in which every entry of an axis belongs to the sample by whose weight it was scaled.
+
+    So tokens that are routed to experts, sequences packed by length, and samples spread over several tensors are found.
+    It needs a weight of its own for each sample.
+    """
+    sums, scales = plain.sums[axis], plain.scales[axis]
+    places = (scales > 0).nonzero().squeeze(1)  # of zeros nothing is added, whosever they are
+    if len(weights.unique()) < len(weights) or not len(places):
+        return []
+    w, sums, scales = weights.to(sums), sums[places, None], scales[places, None]
+    near = (weighted.sums[axis][places, None] - w * sums).abs() <= tolerance * w * scales
+    owner = near.int().argmax(1)
+    if not bool((near.sum(1) == 1).all()) or len(owner.unique()) < 2:
+        return []
+    counts = owner.bincount(minlength=len(weights))
+    order = owner.argsort(stable=True)
+    column = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rows = torch.full((len(weights), int(counts.max())), -1, device=owner.device)
+    rows[owner[order], column] = places[order]
+    return [Layout(axis, "rows", rows)]

@@ -1,6 +1,6 @@
 """Rules for y = W x + b: linear, addmm, matmul, mm. Letters as in reference.py."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,33 @@ def _accumulate(
     grad_output = delta.positions(delta.value)  # [N, T, O]
     if "weight" in omega:
         x = delta.positions(saved[0])  # [N, T, I]
-        weight = omega["weight"].mT if transposed else omega["weight"]
-        ops.accumulate_linear_(weight, grad_output, x, square)
+        ops.accumulate_linear_(omega["weight"].mT if transposed else omega["weight"], grad_output, x, square)
     if "bias" in omega:
         ops.accumulate_affine_(None, omega["bias"], grad_output.unsqueeze(3), square=square)
+
+
+def _join(
+    omega: Tensor, role: str, calls: Sequence[tuple[Delta, tuple[Any, ...]]], square: bool, transposed: bool
+) -> None:
+    """Sum over calls as over positions: they stand side by side along T."""
+    grad_output = torch.cat([delta.positions(delta.value) for delta, _ in calls], 1)
+    if role == "bias":
+        ops.accumulate_affine_(None, omega, grad_output.unsqueeze(3), square=square)
+    else:
+        x = torch.cat([delta.positions(saved[0]) for delta, saved in calls], 1)
+        ops.accumulate_linear_(omega.mT if transposed else omega, grad_output, x, square)
+
+
+def _gradients(role: str, target: Tensor, delta: Delta, saved: tuple[Any, ...], transposed: bool) -> Tensor:
+    grad_output = delta.positions(delta.value)
+    if role == "bias":
+        return grad_output.sum(1)
+    x = delta.positions(saved[0]).to(grad_output.dtype)
+    return x.mT @ grad_output if transposed else grad_output.mT @ x
+
+
+# One object each, so that calls that can be joined are known by it.
+_JOINS = {transposed: partial(_join, transposed=transposed) for transposed in (False, True)}
 
 
 def _bind(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Binding | None:
@@ -33,6 +56,8 @@ def _bind(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) 
         roles={"weight": weight, "bias": bias},
         saved=(input,),
         accumulate=partial(_accumulate, transposed=transposed),
+        gradients=partial(_gradients, transposed=transposed),
+        join=_JOINS[transposed],
         axes=lambda output, _: range(len(output) - 1),
     )
 

@@ -37,6 +37,22 @@ def _accumulate(
         ops.accumulate_affine_(weight, bias, grad_output, x, mean, rstd, square)
 
 
+def _gradients(
+    role: str,
+    target: Tensor,
+    delta: Delta,
+    saved: tuple[Any, ...],
+    rows: Callable[[Tensor], Tensor],
+    statistics: Statistics,
+) -> Tensor:
+    grad_output = rows(delta.split(delta.value))  # [n, R, K, S]
+    if role == "weight":
+        x = rows(delta.split(saved[0])).to(grad_output.dtype)
+        mean, rstd = statistics(x)
+        grad_output = grad_output * (x if mean is None else x - mean) * rstd
+    return grad_output.sum((1, 3)).view(-1, *target.shape)
+
+
 def _mean_rstd(x: Tensor, axes: int, eps: float) -> tuple[Tensor, Tensor]:
     """Return mean and 1/σ over the last axes, kept with length 1. torch's norm is faster at it than its var_mean."""
     _, mean, rstd = torch.native_layer_norm(x, x.shape[x.dim() - axes :], None, None, eps)
@@ -83,6 +99,7 @@ def layer_norm(
         roles={"weight": weight, "bias": bias},
         saved=(input,),
         accumulate=partial(_accumulate, rows=_last(count), statistics=statistics),
+        gradients=partial(_gradients, rows=_last(count), statistics=statistics),
         axes=lambda output, _: range(len(output) - count),
     )
 
@@ -103,6 +120,7 @@ def rms_norm(
         roles={"weight": weight},
         saved=(input,),
         accumulate=partial(_accumulate, rows=_last(count), statistics=statistics),
+        gradients=partial(_gradients, rows=_last(count), statistics=statistics),
         axes=lambda output, _: range(len(output) - count),
     )
 
@@ -184,5 +202,6 @@ def _channel_norm(
         roles={"weight": weight, "bias": bias},
         saved=(input, *guarded),
         accumulate=partial(_accumulate, rows=_channels(max(0, input.dim() - 2)), statistics=statistics),
+        gradients=partial(_gradients, rows=_channels(max(0, input.dim() - 2)), statistics=statistics),
         axes=lambda *_: range(1),
     )

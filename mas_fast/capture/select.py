@@ -23,6 +23,10 @@ _METHODS = (
 _CASTS = "to type type_as float double half bfloat16 cpu cuda".split()
 
 CASTS: frozenset[Any] = frozenset(getattr(torch.Tensor, name) for name in _CASTS)
+# Calls that take another tensor for its dtype, device or shape alone.
+LENDING: frozenset[Any] = frozenset(
+    getattr(torch.Tensor, name) for name in "to type type_as view_as reshape_as expand_as".split()
+)
 SELECTIONS: frozenset[Any] = CASTS | {
     *(getattr(owner, name) for owner in (torch, torch.Tensor) for name in _METHODS if hasattr(owner, name)),
     torch.Tensor.T.__get__,  # type: ignore[attr-defined]
@@ -33,17 +37,30 @@ SELECTIONS: frozenset[Any] = CASTS | {
 
 @dataclass(slots=True)
 class Tracked:
-    """A parameter, or what was picked from it, with the Ω that its gradients' magnitudes are added to."""
+    """A parameter, what was picked from it with the Ω of that, or what was derived from it in any other way."""
 
     tensor: Tensor  # held, so that its id stays its own
-    name: str  # of the parameter
-    omega: Tensor  # in the shape of the tensor
-    root: Tensor  # Ω of the whole parameter
+    names: tuple[str, ...]  # of the parameters that it comes from
+    omega: Tensor | None  # in the shape of the tensor; None if derived
+    root: Tensor | None  # Ω of the whole parameter; None if derived
     numbers: Callable[[], Tensor]  # which entries of the parameter the tensor holds, in its shape
     fold: Callable[[], None] | None = None  # adds a buffer of its own back to `root` and empties it
     origin: Site | None = None  # the call that picked, if there is another way to understand it
     whole: bool = True  # the parameter itself
+    derived: bool = False  # by its own graph, and not by moving entries
     version: int = 0  # of the tensor when it was picked: whoever changes it in place ends its being a pick
+
+    @classmethod
+    def derived_from(cls, names: tuple[str, ...], tensor: Tensor, origin: Site) -> "Tracked":
+        """Track what was computed from parameters and no data; its graph is kept."""
+        return cls(
+            tensor, names, None, None, _unnumbered, None, origin, whole=False, derived=True, version=tensor._version
+        )
+
+    @property
+    def how(self) -> str:
+        """How it comes from its parameters, in words that follow the name of a rule."""
+        return " of a derived tensor" if self.derived else "" if self.whole else " of a selection"
 
     @property
     def changed(self) -> bool:
@@ -51,11 +68,15 @@ class Tracked:
         return self.tensor._version != self.version
 
 
+def _unnumbered() -> Tensor:
+    raise AssertionError("entries of a derived tensor are no entries of a parameter")
+
+
 def track(name: str, parameter: Tensor, omega: Tensor) -> Tracked:
     """Track a parameter itself."""
     return Tracked(
         parameter,
-        name,
+        (name,),
         omega,
         omega,
         lambda: torch.arange(omega.numel(), device=omega.device).view(omega.shape),
@@ -92,12 +113,13 @@ def select(
         The results, tracked; None if an entry was picked twice, so that its uses would have to be summed before |·|, or
         if the call does not work on Ω, whose memory may be laid out otherwise than the parameter's.
     """
+    assert source.omega is not None and source.root is not None
 
     def tracked(
         result: Tensor, omega: Tensor, numbers: Callable[[], Tensor], fold: Callable[[], None] | None
     ) -> Tracked:
         return Tracked(
-            result, source.name, omega, source.root, numbers, fold, site, whole=False, version=result._version
+            result, source.names, omega, source.root, numbers, fold, site, whole=False, version=result._version
         )
 
     if function in CASTS:

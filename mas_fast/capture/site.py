@@ -16,8 +16,9 @@ class Site:
     """A call that uses parameters, how it is understood, and where its samples are as far as that is proved."""
 
     call: str  # such as "torch.nn.functional.linear"
-    ways: tuple[str, ...]  # ways to understand it, "rule" or "select", best guess first
+    ways: tuple[str, ...]  # to understand it (forward.py), best guess first
     way: int = 0
+    differentiable: bool = False  # whether what it returns is known to depend on a parameter by a gradient
     layouts: dict[Hashable, Layout] = field(default_factory=dict)  # (trace of the forward, N) -> where its samples were
 
     def remember(self, forward: Hashable, layout: Layout) -> None:

@@ -7,10 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas_fast.capture.binding import Accumulate
+from mas_fast.capture.binding import Accumulate, Gradients, Join
 from mas_fast.capture.layout import Fingerprint, Layout
 from mas_fast.capture.select import Tracked
 from mas_fast.capture.site import Site
+from mas_fast.errors import CaptureError
+
+
+def _too_early(tap: "Tap", delta: Tensor, saved: tuple[Any, ...]) -> None:
+    """Take a δ before the forward is through: only a gradient that is itself differentiated would be missed."""
+    if torch.is_grad_enabled():
+        raise CaptureError(
+            f"a gradient taken inside the forward (create_graph=True) went through {tap.site.call}, with "
+            f"{', '.join(sorted(tap.names))}; second derivatives are not supported"
+        )
+
 
 # (tap, δ, kept tensors)
 Receive = Callable[["Tap", Tensor, tuple[Any, ...]], None]
@@ -23,12 +34,19 @@ class Tap:
     site: Site
     rule: str
     roles: Mapping[str, Tracked]
-    accumulate: Accumulate
+    accumulate: Accumulate | None
+    gradients: Gradients
+    join: Join | None
     shape: torch.Size  # of the output
     axes: tuple[int, ...]  # of the output, that may hold the samples
-    receive: Receive
+    receive: Receive = _too_early
     layout: Layout | None = field(default=None)  # where the samples of this forward are, once that is known
     weighted: Fingerprint | None = field(default=None)
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that it serves."""
+        return {name for source in self.roles.values() for name in source.names}
 
 
 class TapFunction(torch.autograd.Function):

@@ -26,31 +26,60 @@ _READS = frozenset(
 )
 
 
+# Products of data with data: a matrix of zeros and ones among them moves rows.
+_PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ mm bmm einsum addmm baddbmm addbmm linear tensordot".split())
+
+
 class Trace:
     """A running hash of the calls of one forward.
 
     Attributes:
         key: The hash.
-        reads: Whether the forward read values of data in a way that may route rows; then no other forward is like it.
     """
 
     def __init__(self) -> None:
         self.key = 0
-        self.reads = False
+        self._reads = False
+        self._choices: list[Tensor] = []  # whether an operand of a product of data looks like a choice of rows
+
+    @property
+    def reads(self) -> bool:
+        """Whether the forward read values of data in a way that may route rows; then no other forward is like it."""
+        if self._choices:
+            self._reads |= bool(torch.stack([flag.cpu() for flag in self._choices]).any())
+            self._choices.clear()
+        return self._reads
 
     def add(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Add a call."""
         name = getattr(function, "__name__", "")
-        self.reads |= name in _READS
+        self._reads |= name in _READS
         routed: Any = ()
         if name in _ROUTES:
             routed = _values([*args[1:], *kwargs.values()])
+        elif name in _PRODUCTS:
+            self._note_choices([t for a in args for t in (a if isinstance(a, (tuple, list)) else (a,))])
         elif name in ("embedding", "embedding_bag"):
             # Rows of data are routed by the ids; rows of a parameter are the same for all samples.
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             routed = () if any(isinstance(t, nn.Parameter) for t in tensors) else _values(tensors)
         named = tuple((key, _form(value)) for key, value in kwargs.items()) if kwargs else ()
         self.key = hash((self.key, function, *[_form(a) for a in args], named, routed))
+
+    def _note_choices(self, operands: Sequence[Any]) -> None:
+        tensors = [t for t in operands if isinstance(t, Tensor) and t.dim() >= 2]
+        data = [t for t in tensors if not isinstance(t, nn.Parameter) and not t.is_complex()]
+        if len(data) >= 2:
+            self._choices += [_chooses(t.detach()[..., -1, :]) for t in data if t.shape[-2] and t.shape[-1]]
+
+
+def _chooses(rows: Tensor) -> Tensor:
+    """Return whether a row holds zeros and one other number only, as rows of a one-hot matrix do.
+
+    Rows of attention do not, but for the first of a causal mask, which is why the last one is asked.
+    """
+    zeros = rows == 0
+    return (zeros.any(-1) & (zeros | (rows == rows.amax(-1, keepdim=True))).all(-1)).any()
 
 
 def _form(value: Any) -> Any:

@@ -1,0 +1,227 @@
+"""The backwards over one watched forward: prove where the samples are, then add to Ω.
+
+Up to three sweeps go from the objectives to the taps and no further, so that no parameter's gradient is ever formed:
+WEIGH, with every sample weighted by its own power of two, for the proof (layout.py); PROVE, where a parameter with
+several calls has to be added for all of them or for none; and ADD, which proves what is left to prove, and adds.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from enum import Enum, auto
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mas_fast.capture.binding import Delta
+from mas_fast.capture.forward import Forward
+from mas_fast.capture.joint import Use, add_joint, components
+from mas_fast.capture.layout import Fingerprint, prove, sample_weights
+from mas_fast.capture.tap import Tap
+from mas_fast.errors import CaptureError
+from mas_fast.reference import magnitude
+
+if TYPE_CHECKING:
+    from mas_fast.capture.session import Capture
+
+
+class _Phase(Enum):
+    IDLE = auto()  # also the backwards of single samples
+    WEIGH = auto()  # Σ w_n objective_n: fingerprints only
+    PROVE = auto()  # Σ objective_n: compare fingerprints only
+    ADD = auto()  # Σ objective_n: prove and accumulate
+
+
+class Weighed(NamedTuple):
+    """The fingerprints of the weighted δ that one forward leaves for the next of the same batch."""
+
+    program: Hashable
+    fingerprints: list[Fingerprint | None]  # by tap
+
+
+class Backward:
+    """The sweeps over one forward.
+
+    Attributes:
+        left: Parameters that must be done again, in another way.
+    """
+
+    def __init__(self, capture: "Capture", forward: Forward, values: Tensor, pending: set[str]) -> None:
+        self.capture = capture
+        self.forward = forward
+        self.values = values
+        self.pending = pending
+        self.left: set[str] = set()
+        self._samples = len(values)
+        self._phase = _Phase.IDLE
+        self._weights = torch.empty(0)
+        self._weighed_elsewhere = False  # the weighted δ comes from another forward
+        self._infinite: set[str] = set()  # parameters whose δ holds inf or nan
+        self._uses: list[Use] = []  # of parameters whose gradients are summed before |·|
+        for tap in forward.taps:
+            tap.layout = tap.site.layouts.get(forward.program)
+            tap.receive = self._receive
+
+    def run(self) -> None:
+        """Prove and add; what cannot be added yet is in `left`."""
+        capture, taps = self.capture, self.forward.taps
+        looped = [name for name in capture.fallback if name in self.pending]
+        if not self.values.requires_grad:
+            if taps or looped:
+                raise CaptureError("objective must depend on the parameters, got a tensor without a graph")
+            return
+        self._check_finite()
+        unproven = [tap for tap in taps if not self._proven(tap)]
+        if unproven:
+            if not self._weigh():
+                self.left = self.pending
+                return
+            if any(capture.uses[name] > 1 and name not in capture.joint for tap in unproven for name in tap.names):
+                # What is added at once must be added for all calls of a parameter, or for none.
+                self._sweep(_Phase.PROVE)
+                if self.left:
+                    self.left = self.pending
+                    return
+        capture.broken = True  # until the whole batch is added
+        if looped and capture.unsupported == "loop":
+            self._loop(looped)
+        self._sweep(_Phase.ADD, keep=False)
+        self._add_joint()
+        for fold in {id(s.fold): s.fold for tap in taps for s in tap.roles.values() if s.fold}.values():
+            fold()
+        self._note_rules()
+
+    def _check_finite(self) -> None:
+        values = self.values.detach()
+        if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
+            row = int((~values.isfinite()).nonzero()[0])
+            raise FloatingPointError(f"objective must be finite, got {float(values[row])} for sample {row}")
+
+    def _proven(self, tap: Tap) -> bool:
+        return self._samples == 1 or tap.layout is not None
+
+    def _weigh(self) -> bool:
+        """Get the fingerprints of the weighted δ to the taps; return False if that takes another forward.
+
+        The weighted backward usually has a forward of its own: on one graph for both, all of it would stay in memory
+        during the first. A model that does not run the same way twice gets both on one graph.
+        """
+        capture, program, taps = self.capture, self.forward.program, self.forward.taps
+        weighed, capture.weighed = capture.weighed, None
+        self._weights = sample_weights(self._samples, self.values)
+        if weighed is not None and weighed.program == program:
+            self._weighed_elsewhere = True
+            for tap, fingerprint in zip(taps, weighed.fingerprints, strict=True):
+                tap.weighted = fingerprint
+            return True
+        keep = capture.one_graph or weighed is not None
+        self._sweep(_Phase.WEIGH, keep=keep)
+        if not keep:
+            capture.weighed = Weighed(program, [tap.weighted for tap in taps])
+        return keep
+
+    def _sweep(self, phase: _Phase, keep: bool = True) -> None:
+        """Run a backward to the taps and no further: no parameter's gradient is formed."""
+        objective = self.values * self._weights if phase is _Phase.WEIGH else self.values
+        self._phase = phase
+        try:
+            # Without grad_outputs, for which torch imports 480 modules of its symbolic shapes.
+            torch.autograd.grad(objective.sum(), self.forward.token, retain_graph=keep, allow_unused=True)
+        finally:
+            self._phase = _Phase.IDLE
+        if self._infinite:
+            raise FloatingPointError(not_finite([name for name in self.capture.parameters if name in self._infinite]))
+
+    def _receive(self, tap: Tap, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
+        """Take a tap's δ, in whichever sweep this is."""
+        if self._phase is _Phase.IDLE:
+            return
+        if not self._proven(tap):
+            fingerprint = Fingerprint.of(delta, tap.axes, scaled=self._phase is not _Phase.WEIGH)
+            if self._phase is _Phase.WEIGH:
+                tap.weighted = fingerprint
+                return
+            if fingerprint.vanishes():
+                return
+            if not all(bool(scale.isfinite().all()) for scale in fingerprint.scales.values()):
+                self._infinite.update(tap.names)
+                return
+            if tap.weighted is not None:
+                proved = prove(fingerprint, tap.weighted, self._weights, torch.finfo(delta.dtype).eps)
+                tap.layout = proved[0] if proved else None
+                if len(proved) == 1 and not self.forward.trace.reads:
+                    tap.site.remember(self.forward.program, proved[0])
+            if tap.layout is None:
+                self._fail(tap)
+                return
+        if self._phase is _Phase.ADD:
+            self._add(tap, Delta(delta, None if self._samples == 1 else tap.layout, self._samples), saved)
+
+    def _add(self, tap: Tap, delta: Delta, saved: tuple[Tensor, ...]) -> None:
+        omega: dict[str, Tensor] = {}
+        for role, source in tap.roles.items():
+            if not self.pending.issuperset(source.names):
+                continue
+            if source.derived or source.names[0] in self.capture.joint:
+                self._uses.append(Use(tap, role, source, delta, saved))
+            else:
+                assert source.omega is not None
+                omega[role] = source.omega
+        if omega:
+            assert tap.accumulate is not None
+            tap.accumulate(omega, delta, saved, self.capture.square)
+
+    def _fail(self, tap: Tap) -> None:
+        """Do a tap's parameters again, in another way."""
+        if self._weighed_elsewhere:
+            # Perhaps the two forwards differed: ask again on one graph.
+            self.capture.one_graph = True
+        elif not tap.site.next_way():
+            reason = f"no axis of the output {list(tap.shape)} of {tap.site.call} can be proved to hold the samples"
+            for source in tap.roles.values():
+                self.forward.give_up(source, reason)
+        self.left |= tap.names & self.pending
+
+    def _add_joint(self) -> None:
+        """Add what is summed over several uses first, unless one of the uses has to be done again."""
+        capture = self.capture
+        for names, uses in components(self._uses):
+            if names & self.left:
+                self.left |= names & self.pending
+            else:
+                sums = {name: capture.sums[name] for name in names}
+                add_joint(uses, sums, capture.parameters, self._samples, capture.square, capture.memory_budget)
+        self._uses.clear()
+
+    def _note_rules(self) -> None:
+        rules: dict[str, list[str]] = {}
+        for tap in self.forward.taps:
+            for source in tap.roles.values():
+                for name in source.names:
+                    if name not in self.left:
+                        rules.setdefault(name, []).append(tap.rule + source.how)
+        for name, said in rules.items():
+            self.capture.rules[name] = " + ".join(dict.fromkeys(said))
+
+    def _loop(self, names: Sequence[str]) -> None:
+        capture = self.capture
+        parameters = [capture.parameters[name] for name in names]
+        # Hooks on parameters, such as those that mask gradients, are for training: no rule sees them either.
+        hooks = [parameter._backward_hooks for parameter in parameters]
+        try:
+            for parameter in parameters:
+                parameter._backward_hooks = None
+            for sample in range(self._samples):
+                gradients = torch.autograd.grad(self.values[sample], parameters, retain_graph=True, allow_unused=True)
+                for name, gradient in zip(names, gradients, strict=True):
+                    if gradient is not None:
+                        total = capture.sums[name]
+                        total += magnitude(gradient.to(total.dtype), capture.square)
+        finally:
+            for parameter, own in zip(parameters, hooks, strict=True):
+                parameter._backward_hooks = own
+
+
+def not_finite(names: Sequence[str]) -> str:
+    """Return the message for gradients that are not finite."""
+    return f"gradient must be finite, got inf or nan in {', '.join(names)}"

@@ -1,0 +1,375 @@
+"""One forward of one batch, watched: every use of a parameter is tapped, tracked further, or given up.
+
+A call that uses a tracked tensor is understood in one of several ways, tried in this order and remembered by site:
+
+    open     a composite call, such as multi-head attention, is run again in pieces that are watched themselves
+    lend     the parameter only lends its dtype or shape
+    rule     the call meets data and its family has a rule
+    select   it only moves entries of the parameter
+    call     it meets data, in whatever way: its own backward gives each sample's gradient
+    derive   no data is involved: what it returns is tracked, with its graph, in the parameters' place
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from mas_fast.capture.binding import RULES, Binding, bind
+from mas_fast.capture.broadcast import EXPANSIONS
+from mas_fast.capture.call import call, changes_its_arguments, replaced, tensors_in
+from mas_fast.capture.composite import COMPOSITES
+from mas_fast.capture.refuse import refuse
+from mas_fast.capture.select import LENDING, SELECTIONS, Tracked, looks_shared, select
+from mas_fast.capture.site import Site
+from mas_fast.capture.tap import Tap, TapFunction
+from mas_fast.capture.trace import Trace
+from mas_fast.errors import CaptureError
+
+if TYPE_CHECKING:
+    from mas_fast.capture.session import Capture
+
+# What a way that does not fit returns, for None is a result.
+_UNFIT = object()
+
+
+class Forward(TorchFunctionMode):
+    """Watches one forward.
+
+    Attributes:
+        taps: Where δ will be seen, in the order of the calls.
+        again: A call turned out to be understood wrongly: the batch must be run again.
+        program: (trace, N), once the forward is through; what was proved for one holds for another like it.
+    """
+
+    def __init__(self, capture: "Capture") -> None:
+        super().__init__()
+        self.capture = capture
+        self.taps: list[Tap] = []
+        self.again = False
+        self.program: Hashable = None
+        self.trace = Trace()
+        self.token = torch.zeros((), requires_grad=True)
+        self._tracked: dict[int, Tracked] = {}
+        self._constants: dict[int, Tensor] = {}  # made in this forward from no data
+        self._counts: dict[tuple[str, tuple[str, ...]], int] = {}
+        for name, source in capture.whole.items():
+            if name not in capture.fallback:
+                source.version = source.tensor._version
+                self._tracked[id(source.tensor)] = source
+
+    def run(self, objectives: Callable[[], Tensor]) -> Tensor:
+        """Run the model; returns the objectives [N]."""
+        versions = {name: p._version for name, p in self.capture.parameters.items()}
+        with self:
+            values = objectives()
+        self._check_unchanged(versions)
+        self.program = (self.trace.key, len(values))
+        if not self.again:
+            self._find_unseen(values)
+            self._find_reuse()
+        return values
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a call; where it uses a tracked tensor, in the way that fits."""
+        kwargs = kwargs or {}
+        refuse(self.capture.model, func, args, kwargs)
+        self.trace.add(func, args, kwargs)
+        used = self._used(args, kwargs)
+        if not used or not torch.is_grad_enabled():
+            result = func(*args, **kwargs)
+            self._note_constant(args, kwargs, result)
+            return result
+        site = self._site(func, used, args, kwargs)
+        while site.ways and not any(source.changed for source in used.values()):
+            result = _WAYS[site.ways[site.way]](self, func, args, kwargs, used, site)
+            if result is not _UNFIT:
+                return result
+            if not site.next_way():
+                break
+        result = func(*args, **kwargs)
+        if any(t.requires_grad for t in tensors_in(result)):
+            for source in used.values():
+                self.give_up(source, f"used by {site.call}, which no rule covers in this form")
+        return result
+
+    def give_up(self, source: Tracked, reason: str) -> None:
+        """Understand the parameter otherwise from the next forward on: pick it differently, or loop over samples."""
+        if source.origin is not None and source.origin.next_way():
+            self.again = True
+            return
+        for name in source.names:
+            if name not in self.capture.fallback:
+                self.capture.fallback[name] = reason
+                # Its calls so far were detached from the graph that the loop needs.
+                self.again |= any(name in s.names for tap in self.taps for s in tap.roles.values())
+
+    # What a call uses, and how it is understood
+
+    def _used(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int, Tracked]:
+        used = {}
+        for a in (*args, *kwargs.values()):
+            for t in a if isinstance(a, (tuple, list)) else (a,):
+                source = self._tracked.get(id(t))
+                # What an earlier call of this forward gave up must stay in the graph for the loop.
+                if source is not None and not any(name in self.capture.fallback for name in source.names):
+                    used[id(t)] = source
+        return used
+
+    def _site(self, func: Any, used: Mapping[int, Tracked], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Site:
+        call_name = _call_name(func)
+        names = tuple(name for source in used.values() for name in source.names)
+        count = self._counts[call_name, names] = self._counts.get((call_name, names), 0) + 1
+        site = self.capture.sites.get((call_name, names, count))
+        if site is None:
+            ways = self._ways(func, used, args, kwargs)
+            site = self.capture.sites[call_name, names, count] = Site(call_name, ways)
+        return site
+
+    def _ways(
+        self, func: Any, used: Mapping[int, Tracked], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        if func in COMPOSITES:
+            return ("open", "call")
+        if func in LENDING and id(args[0]) not in used:
+            return ("lend",)
+        others = [t for t in tensors_in([*args, *kwargs.values()]) if id(t) not in used]
+        meets_data = not all(id(t) in self._constants or id(t) in self.capture.constants for t in others)
+        known = [way for way, table in (("rule", RULES), ("select", SELECTIONS)) if func in table]
+        if func is F.embedding and looks_shared(_argument(args, kwargs, 0, "input")):
+            known = ["select", "rule"]
+        if meets_data:
+            return (*known, "call")
+        if func not in EXPANSIONS:
+            known = [way for way in known if way == "select" or func is F.embedding]
+        return (*known, "derive")
+
+    def _note_constant(self, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Remember what was made from no data. An error here costs time only: what is derived is exact anyway."""
+        for t in tensors_in(args if not kwargs else [*args, *kwargs.values()]):
+            if id(t) not in self._constants and id(t) not in self.capture.constants:
+                return
+        for t in tensors_in(result):
+            self._constants[id(t)] = t
+
+    # The ways
+
+    def _open(self, func: Any, args: Any, kwargs: Any, used: Mapping[int, Tracked], site: Site) -> Any:
+        with self:
+            return COMPOSITES[func](*args, **kwargs)
+
+    def _lend(self, func: Any, args: Any, kwargs: Any, used: Mapping[int, Tracked], site: Site) -> Any:
+        args, kwargs = _detached(args, kwargs, used)
+        return func(*args, **kwargs)
+
+    def _by_rule(self, func: Any, args: Any, kwargs: Any, used: Mapping[int, Tracked], site: Site) -> Any:
+        binding = bind(func, args, kwargs)
+        if binding is None or not _fits(binding, used):
+            return _UNFIT
+        return self._tap(func, args, kwargs, binding, used, site)
+
+    def _by_call(self, func: Any, args: Any, kwargs: Any, used: Mapping[int, Tracked], site: Site) -> Any:
+        binding = call(func, args, kwargs, {key: source.tensor for key, source in used.items()})
+        if binding is None:
+            return _UNFIT
+        if not site.differentiable:
+            # Questions such as `h > w` or w.dtype: nothing flows back from the answer.
+            result = func(*args, **kwargs)
+            if not any(t.requires_grad for t in tensors_in(result)):
+                return result
+            site.differentiable = True
+        return self._tap(func, args, kwargs, binding, used, site)
+
+    def _select(self, func: Any, args: Any, kwargs: Any, used: Mapping[int, Tracked], site: Site) -> Any:
+        if any(source.derived or source.names[0] in self.capture.joint for source in used.values()):
+            return self._derive(func, args, kwargs, used, site)
+        result = func(*args, **kwargs)
+        results = list(tensors_in(result))
+        if not any(t.requires_grad for t in results):
+            return result
+        if len(used) != 1 or (func is F.embedding and _argument(args, kwargs, 2, "padding_idx") is not None):
+            return _UNFIT
+        (source,) = used.values()
+        name = "weight" if func is F.embedding else "input"
+        if _argument(args, kwargs, 1 if func is F.embedding else 0, name) is not source.tensor:
+            return _UNFIT
+        picks = select(func, source, site, args, kwargs, results)
+        if picks is None:
+            return _UNFIT
+        for pick in picks:
+            self._tracked.setdefault(id(pick.tensor), pick)
+        return result
+
+    def _derive(self, func: Any, args: Any, kwargs: Any, used: Mapping[int, Tracked], site: Site) -> Any:
+        if changes_its_arguments(func, kwargs):
+            return _UNFIT
+        result = func(*args, **kwargs)
+        derived = [t for t in tensors_in(result) if t.requires_grad]
+        if not derived:
+            return result
+        names = tuple(dict.fromkeys(name for source in used.values() for name in source.names))
+        self._join(names)
+        for t in derived:
+            self._tracked.setdefault(id(t), Tracked.derived_from(names, t, site))
+        return result
+
+    def _join(self, names: Sequence[str]) -> None:
+        """Have all gradients of these parameters summed before |·| is taken, from the next forward on."""
+        self.again |= not self.capture.joint.issuperset(names)
+        self.capture.joint.update(names)
+
+    def _tap(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        binding: Binding,
+        used: Mapping[int, Tracked],
+        site: Site,
+    ) -> Any:
+        _refuse_checkpoint()
+        args, kwargs = _detached(args, kwargs, used)
+        output = func(*args, **kwargs)
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return _UNFIT
+        roles = {role: used[id(t)] for role, t in binding.roles.items() if id(t) in used}
+        if binding.accumulate is None:
+            for source in roles.values():
+                self._join(source.names)
+        candidates = {axis for source in roles.values() for axis in binding.axes(output.shape, source.tensor.shape)}
+        tap = Tap(
+            site,
+            binding.rule,
+            roles,
+            binding.accumulate,
+            binding.gradients,
+            binding.join,
+            output.shape,
+            tuple(sorted(candidates)),
+        )
+        self.taps.append(tap)
+        # Bias alone needs nothing of the forward.
+        saved = [] if roles.keys() == {"bias"} else [t.detach() for t in binding.saved]
+        return TapFunction.apply(output, self.token, tap, saved, binding.inplace, binding.view)
+
+    # What the graph says
+
+    def _check_unchanged(self, versions: Mapping[str, int]) -> None:
+        changed = [name for name, p in self.capture.parameters.items() if p._version != versions[name]]
+        if changed:
+            raise CaptureError(
+                f"parameters must not change during the forward, got in-place changes of {', '.join(changed)}; "
+                "move the change out of forward()"
+            )
+
+    def _find_unseen(self, values: Tensor) -> None:
+        """Give up on parameters that the graph reaches past every tap: used where no torch function shows them."""
+        by_id = {id(p): name for name, p in self.capture.parameters.items() if name not in self.capture.fallback}
+        unseen = [by_id[id(leaf)] for leaf in _leaves(values) if id(leaf) in by_id]
+        if any([self._turn_selections(name) for name in unseen]):
+            self.again = True
+            return
+        for name in unseen:
+            reason = "used in a way that torch functions do not show, such as a custom autograd.Function"
+            self.give_up(self.capture.whole[name], reason)
+
+    def _turn_selections(self, name: str) -> bool:
+        """Take what was picked from a parameter for data instead: ids may have looked as if all samples shared them."""
+        touched = [source for source in self._tracked.values() if name in source.names]
+        origins = {id(s.origin): s.origin for s in touched if s.origin is not None}
+        picks = [o for o in origins.values() if o.ways[o.way] == "select" and "rule" in o.ways[o.way :]]
+        turned = [origin for origin in picks if origin.next_way()]
+        if turned:
+            # What followed from the pick was no reuse.
+            self.capture.joint.difference_update(*(source.names for source in touched))
+        return bool(turned)
+
+    def _find_reuse(self) -> None:
+        """Join parameters with entries that are used twice: their gradients must be summed before |·|."""
+        capture = self.capture
+        uses: dict[str, list[Tracked]] = {}
+        for tap in self.taps:
+            for source in tap.roles.values():
+                for name in source.names:
+                    uses.setdefault(name, []).append(source)
+        for name, sources in uses.items():
+            capture.uses[name] = len(sources)
+            key = (self.trace.key, name)
+            if len(sources) == 1 or name in capture.joint or key in capture.disjoint:
+                continue
+            if not any(source.whole for source in sources):
+                numbers = torch.cat([source.numbers().flatten() for source in sources])
+                if numbers.unique().numel() == numbers.numel():
+                    # Views are the same for every forward of this trace; copies may be by ids that differ.
+                    if all(source.fold is None for source in sources):
+                        capture.disjoint.add(key)
+                    continue
+            self._join((name,))
+
+
+_WAYS: dict[str, Callable[..., Any]] = {
+    "open": Forward._open,
+    "lend": Forward._lend,
+    "rule": Forward._by_rule,
+    "select": Forward._select,
+    "call": Forward._by_call,
+    "derive": Forward._derive,
+}
+
+
+def _fits(binding: Binding, used: Mapping[int, Tracked]) -> bool:
+    roles = [id(t) for t in binding.roles.values() if id(t) in used]
+    # A tensor in two roles would have to be summed before |·|; one that is only data is no business of the rule.
+    unique = len(roles) == len(set(roles)) == len(used)
+    mutated = binding.inplace and id(next(iter(binding.roles.values()))) in used
+    if any(isinstance(t, Tensor) and t.is_complex() for t in (*binding.roles.values(), *binding.saved)):
+        return False
+    return unique and not mutated and not (binding.single and len(used) > 1)
+
+
+def _detached(args: Any, kwargs: Any, used: Mapping[int, Tracked]) -> tuple[Any, Any]:
+    def detached(a: Any) -> Any:
+        if id(a) in used:
+            return a.detach()
+        return replaced(a, detached) if isinstance(a, (tuple, list)) else a
+
+    return [detached(a) for a in args], {key: detached(a) for key, a in kwargs.items()}
+
+
+def _refuse_checkpoint() -> None:
+    """Raise inside an activation checkpoint: its second forward, in the backward, runs where no call is watched."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint":
+        raise CaptureError(
+            "activation checkpointing is not supported yet: its recomputation would go unseen; switch it off for the "
+            "pass, as with model.gradient_checkpointing_disable()"
+        )
+
+
+@cache
+def _call_name(func: Any) -> str:
+    return resolve_name(func) or getattr(func, "__name__", repr(func))
+
+
+def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def _leaves(values: Tensor) -> list[Tensor]:
+    """Return the leaf tensors that a graph reaches."""
+    leaves, seen, stack = [], set(), [values.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        stack.extend(function for function, _ in node.next_functions)
+    return leaves
