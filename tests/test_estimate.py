@@ -1001,16 +1001,6 @@ def test_rows_that_data_route_are_proved_in_every_batch(route):
     assert worst_error(importance, mean_of_loops(model, batches)) <= 1e-11
 
 
-def test_checkpointing_is_refused():
-    def function(m, x):
-        return m.o(torch.utils.checkpoint.checkpoint(m.b, m.i(x), use_reentrant=False))
-
-    block = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    model = Lambda(function, i=nn.Linear(3, 8), b=block, o=nn.Linear(8, 2))
-    with pytest.raises(CaptureError, match="checkpointing is not supported yet"):
-        estimate_importance(model, [torch.randn(8, 3)])
-
-
 def test_a_tensor_is_no_iterable_of_batches():
     with pytest.raises(TypeError, match=r"data must be an iterable of batches, got a tensor.*pass \[data\]"):
         estimate_importance(nn.Linear(3, 2), torch.randn(4, 3))

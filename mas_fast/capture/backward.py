@@ -6,12 +6,13 @@ several calls has to be added for all of them or for none; and ADD, which proves
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mas_fast.capture.binding import Delta
 from mas_fast.capture.forward import Forward
@@ -57,10 +58,11 @@ class Backward:
         self._weights = torch.empty(0)
         self._weighed_elsewhere = False  # the weighted δ comes from another forward
         self._infinite: set[str] = set()  # parameters whose δ holds inf or nan
+        self._made = len(forward.taps)  # before the first sweep
+        self._weighed: list[Fingerprint | None] = []  # by tap, once there was a weighted sweep
         self._uses: list[Use] = []  # of parameters whose gradients are summed before |·|
         for tap in forward.taps:
-            tap.layout = tap.site.layouts.get(forward.program)
-            tap.receive = self._receive
+            self._prepare(tap, None)
 
     def run(self) -> None:
         """Prove and add; what cannot be added yet is in `left`."""
@@ -72,21 +74,28 @@ class Backward:
             return
         self._check_finite()
         unproven = [tap for tap in taps if not self._proven(tap)]
-        if unproven:
+        # The taps that only a backward makes are known after a first one.
+        unseen = self.forward.reentrant and self.forward.program not in capture.explored
+        if unproven or unseen:
             if not self._weigh():
                 self.left = self.pending
                 return
-            if any(capture.uses[name] > 1 and name not in capture.joint for tap in unproven for name in tap.names):
+            every = {name for tap in unproven for name in tap.names}
+            if unseen or any(capture.uses[name] > 1 and name not in capture.joint for name in every):
                 # What is added at once must be added for all calls of a parameter, or for none.
                 self._sweep(_Phase.PROVE)
                 if self.left:
                     self.left = self.pending
                     return
+        if self.forward.reentrant:
+            capture.explored.add(self.forward.program)
         capture.broken = True  # until the whole batch is added
         if looped and capture.unsupported == "loop":
             self._loop(looped)
         self._sweep(_Phase.ADD, keep=False)
         self._add_joint()
+        if self.forward.reentrant:
+            self.forward.find_reuse()
         for fold in {id(s.fold): s.fold for tap in taps for s in tap.roles.values() if s.fold}.values():
             fold()
         self._note_rules()
@@ -111,31 +120,72 @@ class Backward:
         self._weights = sample_weights(self._samples, self.values)
         if weighed is not None and weighed.program == program:
             self._weighed_elsewhere = True
-            for tap, fingerprint in zip(taps, weighed.fingerprints, strict=True):
+            self._weighed = weighed.fingerprints
+            for tap, fingerprint in zip(taps, self._weighed, strict=False):
                 tap.weighted = fingerprint
             return True
         keep = capture.one_graph or weighed is not None
         self._sweep(_Phase.WEIGH, keep=keep)
+        self._weighed = [tap.weighted for tap in taps]
+        if self.forward.reentrant:
+            self.forward.find_reuse()
+            keep &= not self.forward.again
         if not keep:
-            capture.weighed = Weighed(program, [tap.weighted for tap in taps])
+            capture.weighed = Weighed(program, self._weighed)
         return keep
 
     def _sweep(self, phase: _Phase, keep: bool = True) -> None:
         """Run a backward to the taps and no further: no parameter's gradient is formed."""
         objective = self.values * self._weights if phase is _Phase.WEIGH else self.values
+        del self.forward.taps[self._made :]
         self._phase = phase
         try:
             # Without grad_outputs, for which torch imports 480 modules of its symbolic shapes.
-            torch.autograd.grad(objective.sum(), self.forward.token, retain_graph=keep, allow_unused=True)
+            total = objective.sum()
+            if self.forward.reentrant:
+                # A reentrant checkpoint allows nothing else, though it forms gradients that nobody wants.
+                with _no_gradients_left(self.capture.model), self._watched():
+                    torch.autograd.backward(total, retain_graph=keep)
+            else:
+                with self._watched():
+                    torch.autograd.grad(total, self.forward.token, retain_graph=keep, allow_unused=True)
         finally:
             self._phase = _Phase.IDLE
         if self._infinite:
             raise FloatingPointError(not_finite([name for name in self.capture.parameters if name in self._infinite]))
 
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Watch calls that are made again in the backward, as activation checkpoints do."""
+        if not self.forward.recomputes:
+            yield
+            return
+        self.forward.begin_sweep(self._found)
+        try:
+            with self.forward:
+                yield
+        finally:
+            self.forward.in_sweep = None
+
+    def _prepare(self, tap: Tap, weighted: Fingerprint | None) -> None:
+        tap.layout = tap.site.layouts.get(self.forward.program)
+        tap.receive = self._receive
+        tap.weighted = weighted
+
+    def _found(self, tap: Tap) -> None:
+        """Take up a tap that a backward makes."""
+        place = len(self.forward.taps)
+        self._prepare(tap, self._weighed[place] if place < len(self._weighed) else None)
+
     def _receive(self, tap: Tap, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         """Take a tap's δ, in whichever sweep this is."""
         if self._phase is _Phase.IDLE:
             return
+        # What happens here is not the model's, and must not be watched.
+        with torch._C.DisableTorchFunction() if self.forward.recomputes else nullcontext():
+            self._take(tap, delta, saved)
+
+    def _take(self, tap: Tap, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         if not self._proven(tap):
             fingerprint = Fingerprint.of(delta, tap.axes, scaled=self._phase is not _Phase.WEIGH)
             if self._phase is _Phase.WEIGH:
@@ -206,13 +256,21 @@ class Backward:
     def _loop(self, names: Sequence[str]) -> None:
         capture = self.capture
         parameters = [capture.parameters[name] for name in names]
+        if self.forward.reentrant:
+            raise CaptureError(
+                f"{', '.join(names)} need one backward per sample, which a reentrant activation checkpoint does not "
+                "allow; pass use_reentrant=False to torch.utils.checkpoint"
+            )
         # Hooks on parameters, such as those that mask gradients, are for training: no rule sees them either.
         hooks = [parameter._backward_hooks for parameter in parameters]
         try:
             for parameter in parameters:
                 parameter._backward_hooks = None
             for sample in range(self._samples):
-                gradients = torch.autograd.grad(self.values[sample], parameters, retain_graph=True, allow_unused=True)
+                with self._watched():
+                    gradients = torch.autograd.grad(
+                        self.values[sample], parameters, retain_graph=True, allow_unused=True
+                    )
                 for name, gradient in zip(names, gradients, strict=True):
                     if gradient is not None:
                         total = capture.sums[name]
@@ -220,6 +278,19 @@ class Backward:
         finally:
             for parameter, own in zip(parameters, hooks, strict=True):
                 parameter._backward_hooks = own
+
+
+@contextmanager
+def _no_gradients_left(model: nn.Module | None) -> Iterator[None]:
+    """Give every parameter back the .grad that it has."""
+    own = [(parameter, parameter.grad) for parameter in (model.parameters() if model is not None else ())]
+    for parameter, _ in own:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in own:
+            parameter.grad = gradient
 
 
 def not_finite(names: Sequence[str]) -> str:

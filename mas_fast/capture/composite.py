@@ -8,20 +8,27 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 
 
-def _opened(function: Any) -> Callable[..., Any]:
+def opened(function: Any) -> Callable[..., Any]:
     """Return a function of torch's that runs its code at once, whoever watches."""
     seen_by_nobody = {"has_torch_function": lambda *_: False, "has_torch_function_variadic": lambda *_: False}
-    opened = types.FunctionType(
+    inner = types.FunctionType(
         function.__code__, {**function.__globals__, **seen_by_nobody}, function.__name__, function.__defaults__
     )
-    opened.__kwdefaults__ = function.__kwdefaults__
-    return opened
+    inner.__kwdefaults__ = function.__kwdefaults__
+    return inner
 
+
+# Backwards, in which activation checkpoints make calls again.
+BACKWARDS: dict[Any, Callable[..., Any]] = {
+    torch.autograd.grad: opened(torch.autograd.grad),
+    torch.autograd.backward: opened(torch.autograd.backward),
+}
 
 # function -> the same, in pieces
 COMPOSITES: dict[Any, Callable[..., Any]] = {
-    F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
+    F.multi_head_attention_forward: opened(F.multi_head_attention_forward),
 }

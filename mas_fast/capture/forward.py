@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from mas_fast.capture.binding import RULES, Binding, bind
 from mas_fast.capture.broadcast import EXPANSIONS
 from mas_fast.capture.call import call, changes_its_arguments, replaced, tensors_in
-from mas_fast.capture.composite import COMPOSITES
+from mas_fast.capture.composite import BACKWARDS, COMPOSITES
 from mas_fast.capture.refuse import refuse
 from mas_fast.capture.select import LENDING, SELECTIONS, Tracked, looks_shared, select
 from mas_fast.capture.site import Site
@@ -44,6 +44,9 @@ class Forward(TorchFunctionMode):
         taps: Where δ will be seen, in the order of the calls.
         again: A call turned out to be understood wrongly: the batch must be run again.
         program: (trace, N), once the forward is through; what was proved for one holds for another like it.
+        reentrant: Some calls were made out of sight of autograd, by a reentrant checkpoint, and come in the backward.
+        recomputes: Calls are made again in the backward.
+        in_sweep: While a backward runs, told of every tap that it makes; else None.
     """
 
     def __init__(self, capture: "Capture") -> None:
@@ -53,6 +56,9 @@ class Forward(TorchFunctionMode):
         self.again = False
         self.program: Hashable = None
         self.trace = Trace()
+        self.reentrant = False
+        self.recomputes = False
+        self.in_sweep: Callable[[Tap], None] | None = None
         self.token = torch.zeros((), requires_grad=True)
         self._tracked: dict[int, Tracked] = {}
         self._constants: dict[int, Tensor] = {}  # made in this forward from no data
@@ -71,7 +77,7 @@ class Forward(TorchFunctionMode):
         self.program = (self.trace.key, len(values))
         if not self.again:
             self._find_unseen(values)
-            self._find_reuse()
+            self.find_reuse()
         return values
 
     def __torch_function__(
@@ -80,7 +86,11 @@ class Forward(TorchFunctionMode):
         """Run a call; where it uses a tracked tensor, in the way that fits."""
         kwargs = kwargs or {}
         refuse(self.capture.model, func, args, kwargs)
-        self.trace.add(func, args, kwargs)
+        if self.in_sweep is None:
+            self.trace.add(func, args, kwargs)
+        elif func in BACKWARDS:
+            with self:
+                return BACKWARDS[func](*args, **kwargs)
         used = self._used(args, kwargs)
         if not used or not torch.is_grad_enabled():
             result = func(*args, **kwargs)
@@ -98,6 +108,12 @@ class Forward(TorchFunctionMode):
             for source in used.values():
                 self.give_up(source, f"used by {site.call}, which no rule covers in this form")
         return result
+
+    def begin_sweep(self, found: Callable[[Tap], None]) -> None:
+        """Watch a backward; `found` is told of every tap that is made in it."""
+        self.in_sweep = found
+        # In its own count, so that every backward of a batch finds the same sites.
+        self._counts = dict.fromkeys(self._counts, 0)
 
     def give_up(self, source: Tracked, reason: str) -> None:
         """Understand the parameter otherwise from the next forward on: pick it differently, or loop over samples."""
@@ -125,7 +141,12 @@ class Forward(TorchFunctionMode):
     def _site(self, func: Any, used: Mapping[int, Tracked], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Site:
         call_name = _call_name(func)
         names = tuple(name for source in used.values() for name in source.names)
-        count = self._counts[call_name, names] = self._counts.get((call_name, names), 0) + 1
+        if _repeats_a_checkpoint():
+            # It has to do what the first run did, and that was the same for all calls of its kind.
+            count = 1
+        else:
+            count = self._counts[call_name, names] = self._counts.get((call_name, names), 0) + 1
+            count = -count if self.in_sweep else count  # calls of the backward are other sites
         site = self.capture.sites.get((call_name, names, count))
         if site is None:
             ways = self._ways(func, used, args, kwargs)
@@ -146,7 +167,9 @@ class Forward(TorchFunctionMode):
             known = ["select", "rule"]
         if meets_data:
             return (*known, "call")
-        if func not in EXPANSIONS:
+        # Without data a rule may still be it where a parameter is repeated for every sample.
+        most = max(source.tensor.numel() for source in used.values())
+        if func not in EXPANSIONS and not any(t.numel() > most for t in others):
             known = [way for way in known if way == "select" or func is F.embedding]
         return (*known, "derive")
 
@@ -233,7 +256,6 @@ class Forward(TorchFunctionMode):
         used: Mapping[int, Tracked],
         site: Site,
     ) -> Any:
-        _refuse_checkpoint()
         args, kwargs = _detached(args, kwargs, used)
         output = func(*args, **kwargs)
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -253,7 +275,12 @@ class Forward(TorchFunctionMode):
             output.shape,
             tuple(sorted(candidates)),
         )
-        self.taps.append(tap)
+        self.recomputes |= _in_checkpoint()
+        # What a checkpoint repeats only gives back the tensors that the first run would have saved.
+        if not _repeats_a_checkpoint():
+            if self.in_sweep is not None:
+                self.in_sweep(tap)
+            self.taps.append(tap)
         # Bias alone needs nothing of the forward.
         saved = [] if roles.keys() == {"bias"} else [t.detach() for t in binding.saved]
         return TapFunction.apply(output, self.token, tap, saved, binding.inplace, binding.view)
@@ -270,8 +297,11 @@ class Forward(TorchFunctionMode):
 
     def _find_unseen(self, values: Tensor) -> None:
         """Give up on parameters that the graph reaches past every tap: used where no torch function shows them."""
+        leaves, nodes = _reached(values)
+        self.reentrant = "CheckpointFunctionBackward" in nodes
+        self.recomputes |= self.reentrant
         by_id = {id(p): name for name, p in self.capture.parameters.items() if name not in self.capture.fallback}
-        unseen = [by_id[id(leaf)] for leaf in _leaves(values) if id(leaf) in by_id]
+        unseen = [by_id[id(leaf)] for leaf in leaves if id(leaf) in by_id]
         if any([self._turn_selections(name) for name in unseen]):
             self.again = True
             return
@@ -290,7 +320,7 @@ class Forward(TorchFunctionMode):
             self.capture.joint.difference_update(*(source.names for source in touched))
         return bool(turned)
 
-    def _find_reuse(self) -> None:
+    def find_reuse(self) -> None:
         """Join parameters with entries that are used twice: their gradients must be summed before |·|."""
         capture = self.capture
         uses: dict[str, list[Tracked]] = {}
@@ -342,14 +372,18 @@ def _detached(args: Any, kwargs: Any, used: Mapping[int, Tracked]) -> tuple[Any,
     return [detached(a) for a in args], {key: detached(a) for key, a in kwargs.items()}
 
 
-def _refuse_checkpoint() -> None:
-    """Raise inside an activation checkpoint: its second forward, in the backward, runs where no call is watched."""
+def _checkpoint_hook() -> str:
+    """Return what torch's activation checkpoint is doing with saved tensors, as the name of its hooks; else ""."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint":
-        raise CaptureError(
-            "activation checkpointing is not supported yet: its recomputation would go unseen; switch it off for the "
-            "pass, as with model.gradient_checkpointing_disable()"
-        )
+    return hooks[0].__qualname__ if hooks and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint" else ""
+
+
+def _in_checkpoint() -> bool:
+    return _checkpoint_hook().startswith("_checkpoint_hook")
+
+
+def _repeats_a_checkpoint() -> bool:
+    return _checkpoint_hook().startswith("_recomputation_hook")
 
 
 @cache
@@ -361,15 +395,16 @@ def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, nam
     return args[position] if len(args) > position else kwargs.get(name)
 
 
-def _leaves(values: Tensor) -> list[Tensor]:
-    """Return the leaf tensors that a graph reaches."""
-    leaves, seen, stack = [], set(), [values.grad_fn]
+def _reached(values: Tensor) -> tuple[list[Tensor], set[str]]:
+    """Return the leaf tensors that a graph reaches, and the names of its nodes."""
+    leaves, names, seen, stack = [], set(), set(), [values.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        names.add(node.name())
         if hasattr(node, "variable"):
             leaves.append(node.variable)
         stack.extend(function for function, _ in node.next_functions)
-    return leaves
+    return leaves, names

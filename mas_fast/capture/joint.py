@@ -18,6 +18,9 @@ from mas_fast.capture.select import Tracked
 from mas_fast.capture.tap import Tap
 from mas_fast.kernels import ops
 
+# A CPU is slower with more than its caches hold: new pages, and the same numbers fetched again at every step.
+_CACHED_BYTES = 8 << 20
+
 
 class Use(NamedTuple):
     """One role of one tap, with all that its gradients follow from."""
@@ -73,6 +76,8 @@ def add_joint(
     # What is being formed, what it is added to, and one more for what the sums go through.
     sample_bytes = sum(sums[name].element_size() * sums[name].numel() for name in sums) * 3
     sample_bytes += sum(4 * 3 * tensor.numel() for tensor in derived.values())
+    if uses[0].delta.value.device.type == "cpu":
+        budget = min(budget, _CACHED_BYTES)
     at_once = max(1, min(samples, budget // max(1, sample_bytes)))
     for begin in range(0, samples, at_once):
         part = slice(begin, min(begin + at_once, samples))
@@ -91,6 +96,8 @@ def _gradients(
     for use in uses:
         delta = use.delta._replace(part=part)
         gradient = use.tap.gradients(use.role, use.source.tensor, delta, use.saved)
+        if gradient.untyped_storage().data_ptr() == use.delta.value.untyped_storage().data_ptr():
+            gradient = gradient.clone()  # sums are formed in place, and δ may be another call's too
         if use.source.derived:
             _put(of_derived, id(use.source.tensor), gradient)
         else:
@@ -104,7 +111,10 @@ def _gradients(
 
 
 def _put(into: dict[Any, Tensor], key: object, gradient: Tensor) -> None:
-    into[key] = into[key] + gradient if key in into else gradient
+    if key in into:
+        into[key] += gradient
+    else:
+        into[key] = gradient
 
 
 def _pulled_back(

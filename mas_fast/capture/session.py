@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mas_fast.capture import broadcast, conv, embedding, linear, norm  # noqa: F401  (each registers its rules)
+from mas_fast.capture import attention, broadcast, conv, embedding, linear, norm  # noqa: F401  (each registers its rules)
 from mas_fast.capture.backward import Backward, Weighed, not_finite
 from mas_fast.capture.forward import Forward
 from mas_fast.capture.select import track
@@ -75,6 +75,7 @@ class Capture:
         self.joint: set[str] = set()  # names whose gradients are summed over several uses before |·|
         self.sites: dict[SiteKey, Site] = {}
         self.disjoint: set[tuple[Hashable, str]] = set()  # (trace, name) of uses that share no entry
+        self.explored: set[Hashable] = set()  # programs of which all taps are known, also those made in backwards
         self.constants = _constants(model)
         self.broken = False  # an error came after some of a batch had been added
         self.weighed: Weighed | None = None  # left by a forward for the next one of the same batch
