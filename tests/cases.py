@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 
 class ResidualBlock(nn.Module):
@@ -342,8 +343,135 @@ def mixed_selection(self, x):
     return F.linear(x, self.w[:4]) + F.linear(x, self.w[2:])
 
 
+class Symmetric(nn.Module):
+    def forward(self, w):
+        return w.triu() + w.triu(1).T
+
+
+def symmetric(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", Symmetric())
+    return layer
+
+
+def siamese(self, x):
+    return self.head((self.trunk(x) - self.trunk(x.flip(1))).abs())
+
+
+def halves(self, x):
+    """Samples spread over two tensors of one batch, unevenly."""
+    middle = len(x) // 2
+    return torch.cat([self.layer(part).tanh() for part in (x[:middle], x[middle:])])
+
+
+def experts(self, x):
+    """Tokens routed to experts by their values."""
+    h = x.reshape(-1, x.shape[-1])
+    weight, choice = self.gate(h).softmax(-1).max(-1)
+    y = torch.zeros_like(h)
+    for number, expert in enumerate(self.experts):
+        own = (choice == number).nonzero().squeeze(1)
+        y = y.index_add(0, own, expert(h[own]) * weight[own, None])
+    return y.view_as(x)
+
+
+def encoder_decoder(self, ids):
+    """One table for the encoder, the decoder and the head."""
+    h = torch.tanh(self.layer(self.table(ids)))
+    return F.linear(h + self.table(ids.flip(1)), self.table.weight)
+
+
+def relative_bias(self, x):
+    places = torch.arange(x.shape[1])
+    scores = x @ x.mT + self.bias[places[:, None] - places + x.shape[1] - 1]
+    return scores.softmax(-1) @ x
+
+
 # name -> builder of (model, batch): reused and derived parameters, whose gradients are summed before |·|
 JOINED = {
+    "weight_norm": lambda: (
+        Lambda(lambda m, x: m.b(torch.tanh(m.a(x))), a=weight_norm(nn.Linear(5, 6)), b=weight_norm(nn.Linear(6, 2))),
+        torch.randn(6, 5),
+    ),
+    "weight_norm_conv": lambda: (nn.Sequential(weight_norm(nn.Conv1d(3, 4, 3)), nn.Flatten()), torch.randn(4, 3, 7)),
+    "spectral_norm": lambda: (spectral_norm(nn.Linear(5, 6)), torch.randn(6, 5)),
+    "orthogonal": lambda: (orthogonal(nn.Linear(5, 5)), torch.randn(6, 5)),
+    "parametrization": lambda: (symmetric(nn.Linear(5, 5)), torch.randn(6, 5)),
+    "low_rank": lambda: (
+        Lambda(lambda m, x: F.linear(x, m.w + 2 * m.b @ m.a), w=_d(5, 6), a=_d(5, 2), b=_d(2, 6)),
+        torch.randn(7, 5),
+    ),
+    "softplus": lambda: (
+        Lambda(lambda m, x: x * F.softplus(m.scale) + m.layer(x), scale=torch.randn(5), layer=nn.Linear(5, 5)),
+        torch.randn(6, 5),
+    ),
+    "concatenated": lambda: (
+        Lambda(lambda m, x: F.linear(x, torch.cat([m.a, m.b])), a=_d(5, 3), b=_d(5, 2)),
+        torch.randn(6, 5),
+    ),
+    "stacked": lambda: (
+        Lambda(lambda m, x: torch.einsum("nd,kod->nko", x, torch.stack([m.a, m.b])), a=_d(5, 3), b=_d(5, 3)),
+        torch.randn(6, 5),
+    ),
+    "hypernetwork": lambda: (
+        Lambda(lambda m, x: F.linear(x, m.make(m.z).view(3, 5)), make=nn.Linear(4, 15), z=torch.randn(4)),
+        torch.randn(6, 5),
+    ),
+    "cosine_classifier": lambda: (
+        Lambda(lambda m, x: F.linear(F.normalize(x), F.normalize(m.w)), w=_d(5, 3)),
+        torch.randn(6, 5),
+    ),
+    "siamese": lambda: (
+        Lambda(
+            siamese,
+            trunk=nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(12, 6)),
+            head=nn.Linear(6, 2),
+        ),
+        torch.randn(4, 2, 5),
+    ),
+    "shared_convolution": lambda: (
+        Lambda(lambda m, x: m.conv(torch.tanh(m.conv(x))).flatten(1), conv=nn.Conv2d(3, 3, 3, padding=1)),
+        torch.randn(4, 3, 5, 5),
+    ),
+    "samples_in_two_tensors": lambda: (Lambda(halves, layer=nn.Linear(5, 6)), torch.randn(7, 5)),
+    "routed_experts": lambda: (
+        Lambda(experts, gate=nn.Linear(4, 3), experts=nn.ModuleList(nn.Linear(4, 4) for _ in range(3))),
+        torch.randn(4, 5, 4),
+    ),
+    "encoder_decoder": lambda: (
+        Lambda(encoder_decoder, table=nn.Embedding(9, 5), layer=nn.Linear(5, 5)),
+        torch.randint(0, 9, (4, 3)),
+    ),
+    "relative_bias": lambda: (Lambda(relative_bias, bias=torch.randn(7)), torch.randn(3, 4, 5)),
+    "attention_time_first": lambda: (
+        Lambda(
+            lambda m, x: m.attention(*[x.transpose(0, 1)] * 3)[0].transpose(0, 1),
+            attention=nn.MultiheadAttention(6, 2),
+        ),
+        torch.randn(5, 5, 6),
+    ),
+    "cross_attention": lambda: (
+        Lambda(
+            lambda m, x: m.attention(x, x[:, :2, :4], x[:, :2, :5])[0],
+            attention=nn.MultiheadAttention(6, 2, kdim=4, vdim=5, batch_first=True, add_bias_kv=True),
+        ),
+        torch.randn(5, 4, 6),
+    ),
+    "transformer_module": lambda: (
+        Lambda(
+            lambda m, x: m.head(m.transformer(x, x[:, :2])),
+            transformer=nn.Transformer(6, 2, 1, 1, 12, batch_first=True),
+            head=nn.Linear(6, 3),
+        ),
+        torch.randn(5, 4, 6),
+    ),
+    "encoder_module": lambda: (
+        Lambda(
+            lambda m, x: m.head(m.encoder(x)),
+            encoder=nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 12, batch_first=True), 2),
+            head=nn.Linear(6, 3),
+        ),
+        torch.randn(5, 4, 6),
+    ),
     "tied": lambda: (Lambda(tied, tokens=nn.Embedding(7, 5)), torch.randint(0, 7, (4, 3))),
     "shared": lambda: (Lambda(shared, layer=nn.Linear(5, 5)), torch.randn(6, 5)),
     "overlapping_slices": lambda: (Lambda(mixed_selection, w=_d(5, 6)), torch.randn(6, 5)),

@@ -59,6 +59,15 @@ def test_what_no_rule_covers_takes_the_loop_and_is_exact(name):
     assert all(row.fallback for row in importance.coverage if row.rule == "loop")
 
 
+def test_the_loop_is_announced_once_before_it_starts():
+    model, batch, _ = build(LOOPED["custom_function"])
+    with pytest.warns(
+        mas_fast.errors.LoopWarning, match="1 of 3 parameters take one backward per sample, 6 more"
+    ) as said:
+        estimate_importance(model, [batch, batch])
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("name", LOOPED)
 def test_unsupported_raise_lists_every_parameter(name):
     model, batch, looped = build(LOOPED[name])
@@ -141,6 +150,20 @@ def test_parameter_that_turns_out_to_be_reused_in_a_later_batch():
     mean = {name: torch.stack([row[name] for row in truth]).mean(0) for name in truth[0]}
     assert worst_error(importance, mean) <= 1e-11
     assert {(row.rule, row.uses, row.fallback) for row in importance.coverage} == {("linear", 2, None)}
+
+
+def test_layer_called_as_often_as_the_data_say():
+    def forward(m, x):
+        for _ in range(1 + int(x.sum() > 0) * 2):
+            x = torch.tanh(m(x))
+        return x
+
+    model = nn.Linear(3, 3).double()
+    batches = [torch.randn(4, 3).double().abs() * sign for sign in (1, -1, 1, -1)]
+    importance = estimate_importance(model, batches, forward=forward, dtype=torch.float64)
+    truth = [mas_fast.reference.importance_loop(model, x, forward=forward) for x in batches]
+    mean = {name: torch.stack([row[name] for row in truth]).mean(0) for name in truth[0]}
+    assert worst_error(importance, mean) <= 1e-11
 
 
 def test_a_tensor_changed_after_its_use_is_an_error():

@@ -91,6 +91,7 @@ class Backward:
             capture.explored.add(self.forward.program)
         capture.broken = True  # until the whole batch is added
         if looped and capture.unsupported == "loop":
+            capture.announce_loop(self._samples)
             self._loop(looped)
         self._sweep(_Phase.ADD, keep=False)
         self._add_joint()

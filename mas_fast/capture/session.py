@@ -7,6 +7,7 @@ parameter alone. Nothing is skipped in silence: after every forward the graph is
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,7 +20,7 @@ from mas_fast.capture.backward import Backward, Weighed, not_finite
 from mas_fast.capture.forward import Forward
 from mas_fast.capture.select import track
 from mas_fast.capture.site import Site, SiteKey
-from mas_fast.errors import CaptureError
+from mas_fast.errors import CaptureError, LoopWarning
 
 # Ω of matrices is read for inf and nan once in so many batches: for a small model, reading it is felt.
 _CHECKED_EVERY = 8
@@ -81,6 +82,7 @@ class Capture:
         self.weighed: Weighed | None = None  # left by a forward for the next one of the same batch
         self.one_graph = False  # prove on one graph: the forwards of this batch differ
         self._batches = 0
+        self._announced = 0  # of how many parameters it has been said that they loop
 
     def accumulate(self, objectives: Callable[[], Tensor]) -> int:
         """Run a batch and add its samples' magnitudes to the sums.
@@ -132,6 +134,20 @@ class Capture:
             raise CaptureError(
                 "capture must not go on after an error in the middle of a batch, got partial sums; start another"
             )
+
+    def announce_loop(self, samples: int) -> None:
+        """Warn of what the loop will cost, before it starts and again if more parameters come to need it."""
+        if self._announced >= len(self.fallback):
+            return
+        self._announced = len(self.fallback)
+        names = sorted(self.fallback)
+        listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        warnings.warn(
+            f"{len(names)} of {len(self.parameters)} parameters take one backward per sample, {samples} more for this "
+            f"batch: {listed}; .coverage says why, unsupported='raise' makes it an error",
+            LoopWarning,
+            stacklevel=2,
+        )
 
     def _list_fallback(self) -> str:
         lines = [
