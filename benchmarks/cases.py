@@ -163,9 +163,9 @@ class TransformerBlock(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A small transformer LM with learned positions and an untied head."""
+    """A small transformer LM with learned positions; its head has weights of its own, or those of the embedding."""
 
-    def __init__(self, vocabulary: int, context: int, width: int, layers: int, heads: int) -> None:
+    def __init__(self, vocabulary: int, context: int, width: int, layers: int, heads: int, tied: bool = False) -> None:
         """Make the embeddings, the blocks and the head."""
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
@@ -173,10 +173,27 @@ class LanguageModel(nn.Module):
         self.blocks = nn.Sequential(*[TransformerBlock(width, heads) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            nn.init.normal_(self.tokens.weight, std=0.02)
+            self.head.weight = self.tokens.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map token ids [N, T] to logits [N, T, V]."""
         return self.head(self.norm(self.blocks(self.tokens(ids) + self.positions)))
+
+
+class LastState(nn.Module):
+    """A recurrent net that classifies by its last hidden state."""
+
+    def __init__(self, inputs: int, hidden: int, layers: int) -> None:
+        """Make the LSTM and the head."""
+        super().__init__()
+        self.lstm = nn.LSTM(inputs, hidden, layers, batch_first=True)
+        self.head = nn.Linear(hidden, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, T, I] to [N, 10]."""
+        return self.head(self.lstm(x)[0][:, -1])
 
 
 def draw_images(num_samples: int, generator: torch.Generator) -> Tensor:
@@ -193,5 +210,17 @@ CASES: dict[str, Case] = {
         lambda n, g: torch.randint(256, (n, 64), generator=g),
         batch_size=16,
         ratio_bar=1.15,
+    ),
+    "tied_transformer": Case(
+        lambda: LanguageModel(vocabulary=2000, context=64, width=384, layers=4, heads=6, tied=True),
+        lambda n, g: torch.randint(2000, (n, 64), generator=g),
+        batch_size=16,
+        ratio_bar=1.35,
+    ),
+    "lstm": Case(
+        lambda: LastState(64, 128, layers=2),
+        lambda n, g: torch.randn(n, 64, 64, generator=g),
+        batch_size=32,
+        ratio_bar=3.0,
     ),
 }

@@ -17,6 +17,8 @@ TITLES = {
     "conv_net": "conv net 3→64→64→128→128, 32×32, N = 32",
     "resnet20": "ResNet-20 with batch norm, N = 32",
     "transformer": "transformer d = 384, 4 layers, T = 64, N = 16",
+    "tied_transformer": "the same with a tied head, V = 2000",
+    "lstm": "LSTM 64→128→128, T = 64, N = 32",
 }
 
 Row = dict[str, Any]

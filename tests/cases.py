@@ -380,6 +380,18 @@ def encoder_decoder(self, ids):
     return F.linear(h + self.table(ids.flip(1)), self.table.weight)
 
 
+def learned_states(self, x):
+    states = [state.expand(1, len(x), 5).contiguous() for state in (self.h, self.c)]
+    return self.lstm(x, tuple(states))[0]
+
+
+def packed_lengths(self, x):
+    """Sequences of lengths that the data say, sorted by length as packing does."""
+    lengths = x[:, 0, 0].abs().mul(100).long() % 4 + 1
+    sequences = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    return self.lstm(sequences)[1][0][-1]
+
+
 def relative_bias(self, x):
     places = torch.arange(x.shape[1])
     scores = x @ x.mT + self.bias[places[:, None] - places + x.shape[1] - 1]
@@ -388,6 +400,39 @@ def relative_bias(self, x):
 
 # name -> builder of (model, batch): reused and derived parameters, whose gradients are summed before |·|
 JOINED = {
+    "lstm": lambda: (
+        Lambda(lambda m, x: m.lstm(x)[0][:, -1], lstm=nn.LSTM(4, 5, batch_first=True)),
+        torch.randn(4, 3, 4),
+    ),
+    "lstm_both_ways": lambda: (
+        Lambda(lambda m, x: m.lstm(x)[0], lstm=nn.LSTM(4, 5, 2, batch_first=True, bidirectional=True)),
+        torch.randn(4, 3, 4),
+    ),
+    "lstm_time_first": lambda: (
+        Lambda(lambda m, x: m.lstm(x.transpose(0, 1))[0].transpose(0, 1), lstm=nn.LSTM(4, 5, 2)),
+        torch.randn(4, 4, 4),
+    ),
+    "lstm_projected": lambda: (
+        Lambda(lambda m, x: m.lstm(x)[0], lstm=nn.LSTM(4, 5, 2, batch_first=True, proj_size=3)),
+        torch.randn(4, 3, 4),
+    ),
+    "lstm_learned_states": lambda: (
+        Lambda(learned_states, lstm=nn.LSTM(4, 5, batch_first=True), h=torch.randn(1, 1, 5), c=torch.randn(1, 1, 5)),
+        torch.randn(4, 3, 4),
+    ),
+    "lstm_packed": lambda: (Lambda(packed_lengths, lstm=nn.LSTM(4, 5, 2, batch_first=True)), torch.randn(5, 4, 4)),
+    "lstm_cell": lambda: (
+        Lambda(lambda m, x: m.cell(x[:, 1], m.cell(x[:, 0]))[0], cell=nn.LSTMCell(4, 5)),
+        torch.randn(4, 3, 4),
+    ),
+    "gru": lambda: (
+        Lambda(lambda m, x: m.gru(x)[0], gru=nn.GRU(4, 5, 2, batch_first=True)),
+        torch.randn(4, 3, 4),
+    ),
+    "rnn": lambda: (
+        Lambda(lambda m, x: m.rnn(x)[1][0], rnn=nn.RNN(4, 5, 2, batch_first=True)),
+        torch.randn(4, 3, 4),
+    ),
     "weight_norm": lambda: (
         Lambda(lambda m, x: m.b(torch.tanh(m.a(x))), a=weight_norm(nn.Linear(5, 6)), b=weight_norm(nn.Linear(6, 2))),
         torch.randn(6, 5),
@@ -496,11 +541,6 @@ JOINED = {
 LOOPED = {
     "custom_function": lambda: (Lambda(unseen, w=torch.randn(5), head=nn.Linear(5, 2)), torch.randn(6, 5), {"w"}),
     "assignment": lambda: (Lambda(assigned, linear=nn.Linear(5, 3), cls=torch.randn(())), torch.randn(6, 5), {"cls"}),
-    "lstm": lambda: (
-        Lambda(lambda m, x: m.lstm(x)[0][:, -1], lstm=nn.LSTM(4, 5, batch_first=True)),
-        torch.randn(4, 3, 4),
-        {"lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.bias_ih_l0", "lstm.bias_hh_l0"},
-    ),
 }
 
 

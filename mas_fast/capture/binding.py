@@ -25,6 +25,10 @@ class Delta(NamedTuple):
         """Give a tensor that shares the output's leading axes a first axis of N samples."""
         return split_samples(tensor, self.layout, self.samples)[self.part]
 
+    def widened(self, part: slice) -> "Delta":
+        """Return δ in no less than float32, of some of the samples: for gradients that are summed."""
+        return self._replace(value=self.value.to(torch.promote_types(self.value.dtype, torch.float32)), part=part)
+
     def alone(self, sample: int) -> Tensor:
         """Return δ of one sample: that of all others is zero."""
         return self.value if self.layout is None else self.layout.alone(self.value, sample, self.samples)

@@ -14,7 +14,7 @@ from mas_fast.kernels import ops
 Factor = Callable[[str, Tensor, Tensor], Tensor]
 
 
-def _repeated_axes(parameter: torch.Size, output: torch.Size) -> list[int]:
+def repeated_axes(parameter: torch.Size, output: torch.Size) -> list[int]:
     """Return the axes of the output over which a parameter that broadcasts to it repeats."""
     missing = len(output) - len(parameter)
     return [a for a, size in enumerate(output) if a < missing or (parameter[a - missing] == 1 and size != 1)]
@@ -23,7 +23,7 @@ def _repeated_axes(parameter: torch.Size, output: torch.Size) -> list[int]:
 def _sums(target: torch.Size, delta: Delta) -> list[bool]:
     """Return for each axis of one sample of a split δ whether the parameter repeats over it."""
     output, layout = delta.value.shape, delta.layout
-    repeated = _repeated_axes(target, output)
+    repeated = repeated_axes(target, output)
     # `split` takes the sample axis away unless several positions of a sample were folded into it.
     gone = layout.axis if layout is not None and layout.single(output, delta.samples) else None
     return [a in repeated for a in range(len(output)) if a != gone]
@@ -39,9 +39,10 @@ def _rows(split: Tensor, sums: Sequence[bool]) -> Tensor | None:
     return split.reshape(split.shape[0], sizes[:first].numel(), sizes[first:last].numel(), sizes[last:].numel())
 
 
-def _accumulate(
+def accumulate(
     omega: Mapping[str, Tensor], delta: Delta, saved: tuple[Any, ...], square: bool, factor: Factor | None
 ) -> None:
+    """Add Σ_n |g_n| to Ω of a parameter that broadcasts to the output, g_n = δ · factor reduced to its shape."""
     ((role, target),) = omega.items()
     output = delta.value.shape
     sums = _sums(target.shape, delta)
@@ -61,7 +62,8 @@ def _accumulate(
             ops.accumulate_affine_(entries, None, rows, _rows(other, sums), square=square)
 
 
-def _gradients(role: str, target: Tensor, delta: Delta, saved: tuple[Any, ...], factor: Factor | None) -> Tensor:
+def gradients(role: str, target: Tensor, delta: Delta, saved: tuple[Any, ...], factor: Factor | None) -> Tensor:
+    """Return g_n for every sample of δ's part, [n, *shape]."""
     output = delta.value.shape
     grad_output = delta.split(delta.value)
     if factor is not None:
@@ -86,9 +88,9 @@ def _bind(
         rule=name,
         roles=roles,
         saved=saved,
-        accumulate=partial(_accumulate, factor=factor),
-        gradients=partial(_gradients, factor=factor),
-        axes=lambda output, target: _repeated_axes(target, output),
+        accumulate=partial(accumulate, factor=factor),
+        gradients=partial(gradients, factor=factor),
+        axes=lambda output, target: repeated_axes(target, output),
         inplace=inplace,
         view=view,
         single=True,

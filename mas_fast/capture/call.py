@@ -104,7 +104,7 @@ def _gradients(
     with torch.enable_grad():
         output = function(*args, **kwargs)
     rows = [
-        torch.autograd.grad(output, leaf, delta.alone(sample), retain_graph=True)[0]
+        torch.autograd.grad(output, leaf, delta.alone(sample).to(output.dtype), retain_graph=True)[0]
         for sample in range(delta.samples)[delta.part]
     ]
     return torch.stack(rows)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from mas_fast.capture.recurrent import RECURRENT
+
 
 def opened(function: Any) -> Callable[..., Any]:
     """Return a function of torch's that runs its code at once, whoever watches."""
@@ -31,4 +33,5 @@ BACKWARDS: dict[Any, Callable[..., Any]] = {
 # function -> the same, in pieces
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: opened(F.multi_head_attention_forward),
+    **RECURRENT,
 }

@@ -13,7 +13,7 @@ from mas_fast.kernels import ops
 from mas_fast.reference import magnitude
 
 
-def _accumulate(
+def accumulate(
     omega: Mapping[str, Tensor],
     delta: Delta,
     saved: tuple[Any, ...],
@@ -23,6 +23,7 @@ def _accumulate(
     dilation: list[int],
     groups: int,
 ) -> None:
+    """Add Σ_n |∂⟨δ_n, conv(x_n, W)⟩/∂W| to Ω of the weight, and Σ_n |Σ δ| to that of the bias."""
     axes = len(stride)
 
     def images(t: Tensor) -> Tensor:
@@ -51,14 +52,14 @@ def _accumulate(
         else:
             # There is no fourth axis: the ordinary weight gradient, one sample at a time.
             for sample in range(delta.samples):
-                one = delta._replace(part=slice(sample, sample + 1))
-                gradient = _gradients("weight", weight, one, saved, stride, padding, dilation, groups)[0]
+                one = delta.widened(slice(sample, sample + 1))
+                gradient = gradients("weight", weight, one, saved, stride, padding, dilation, groups)[0]
                 weight += magnitude(gradient.to(weight.dtype), square)
     if "bias" in omega:
         ops.accumulate_affine_(None, omega["bias"], grad_output.flatten(3), square=square)
 
 
-def _gradients(
+def gradients(
     role: str,
     target: Tensor,
     delta: Delta,
@@ -68,6 +69,7 @@ def _gradients(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
+    """Return the gradient of the weight or the bias for every sample of δ's part, [n, *shape]."""
     axes = len(stride)
 
     def images(t: Tensor) -> Tensor:
@@ -83,7 +85,8 @@ def _gradients(
     return torch.stack([torch.ops.aten.convolution_backward(d, x, like, *options)[1] for d, x in pairs])
 
 
-def _sizes(value: int | Sequence[int], axes: int) -> list[int]:
+def sizes(value: int | Sequence[int], axes: int) -> list[int]:
+    """Return one number per axis."""
     values = [value] if isinstance(value, int) else list(value)
     return values * axes if len(values) == 1 else values
 
@@ -98,7 +101,7 @@ def _bind(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Binding | None:
-    stride, dilation = _sizes(stride, axes), _sizes(dilation, axes)
+    stride, dilation = sizes(stride, axes), sizes(dilation, axes)
     x = input
     if padding == "same":
         totals = [d * (kernel - 1) for d, kernel in zip(dilation, weight.shape[2:], strict=True)]
@@ -108,14 +111,14 @@ def _bind(
             x = F.pad(input.detach(), [side for t in reversed(totals) for side in (t // 2, t - t // 2)])
             sides = [0] * axes
     else:
-        sides = [0] * axes if isinstance(padding, str) else _sizes(padding, axes)
+        sides = [0] * axes if isinstance(padding, str) else sizes(padding, axes)
     leading = 1 if input.dim() == axes + 2 else 0  # without a batch axis there is one sample
     return Binding(
         rule=f"conv{axes}d",
         roles={"weight": weight, "bias": bias},
         saved=(x,),
-        accumulate=partial(_accumulate, stride=stride, padding=sides, dilation=dilation, groups=groups),
-        gradients=partial(_gradients, stride=stride, padding=sides, dilation=dilation, groups=groups),
+        accumulate=partial(accumulate, stride=stride, padding=sides, dilation=dilation, groups=groups),
+        gradients=partial(gradients, stride=stride, padding=sides, dilation=dilation, groups=groups),
         axes=lambda *_: range(leading),
     )
 

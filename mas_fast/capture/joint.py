@@ -94,8 +94,7 @@ def _gradients(
     of_roots: dict[str, Tensor] = {}
     of_derived: dict[int, Tensor] = {}
     for use in uses:
-        delta = use.delta._replace(part=part)
-        gradient = use.tap.gradients(use.role, use.source.tensor, delta, use.saved)
+        gradient = use.tap.gradients(use.role, use.source.tensor, use.delta.widened(part), use.saved)
         if gradient.untyped_storage().data_ptr() == use.delta.value.untyped_storage().data_ptr():
             gradient = gradient.clone()  # sums are formed in place, and δ may be another call's too
         if use.source.derived:

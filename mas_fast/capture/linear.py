@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 
+from mas_fast.capture import product
 from mas_fast.capture.binding import Binding, Delta, rule
 from mas_fast.kernels import ops
 
@@ -68,9 +69,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Binding
     return _bind(input, weight, bias, transposed=False)
 
 
-@rule(torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
+@rule(torch.matmul, torch.mm, torch.linalg.matmul, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
 def matmul(input: Tensor, other: Tensor) -> Binding | None:
-    """Bind x @ W, with W [I, O] on the right."""
+    """Bind x @ W, with W [I, O] on the right; where the parameter may be on the left, or has more axes, see product."""
+    if other.dim() != 2 or isinstance(input, nn.Parameter):
+        return product.matmul(input, other)
+    if input.dim() == 2 and input.requires_grad and not isinstance(other, nn.Parameter):
+        # Either of the two may have been picked from a parameter.
+        return product.matmul(input, other)
     return _bind(input, other, None, transposed=True)
 
 

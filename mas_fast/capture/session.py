@@ -15,7 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mas_fast.capture import attention, broadcast, conv, embedding, linear, norm  # noqa: F401  (each registers its rules)
+from mas_fast.capture import (  # noqa: F401  (each registers its rules)
+    activation,
+    attention,
+    bag,
+    bilinear,
+    broadcast,
+    conv,
+    embedding,
+    linear,
+    norm,
+    product,
+    transposed,
+)
 from mas_fast.capture.backward import Backward, Weighed, not_finite
 from mas_fast.capture.forward import Forward
 from mas_fast.capture.select import track
