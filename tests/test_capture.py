@@ -187,3 +187,28 @@ def test_second_derivative_is_refused():
         estimate_importance(
             nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)), [torch.randn(4, 3)], forward=forward
         )
+
+
+class Reversible(torch.autograd.Function):
+    """Keeps a graph of its own and runs it backwards inside its backward."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.y = layer(ctx.x).tanh()
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx, g):
+        (gradient,) = torch.autograd.grad(ctx.y, ctx.x, g, retain_graph=True)
+        return gradient, None
+
+
+def test_a_graph_inside_of_a_node_is_not_missed():
+    model = nn.ModuleDict({"a": nn.Linear(3, 4), "inner": nn.Linear(4, 4), "b": nn.Linear(4, 2)}).double()
+    plain = lambda m, x: m["b"](m["inner"](m["a"](x)).tanh())  # noqa: E731
+    hidden = lambda m, x: m["b"](Reversible.apply(m["a"](x), m["inner"]))  # noqa: E731
+    batches = [torch.randn(5, 3).double() for _ in range(3)]
+    truth = estimate_importance(model, batches, forward=plain, dtype=torch.float64)
+    assert worst_error(estimate_importance(model, batches, forward=hidden, dtype=torch.float64), truth) <= 1e-11

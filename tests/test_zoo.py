@@ -1,10 +1,14 @@
 """Exactness on models that people use: families of Hugging Face's transformers from small configs, no downloads."""
 
+from functools import partial
+
 import pytest
 import torch
 from compare import truth_of
 
-from mas_fast import estimate_importance
+from mas_fast import capture, estimate_importance
+from mas_fast.capture.forward import Forward
+from mas_fast.reference import default_forward, sample_objective
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers to test its models")
 
@@ -225,3 +229,29 @@ def test_no_parameter_loops_and_all_are_exact(name):
         error = float((importance[parameter] - expected).norm())
         assert error <= TOLERANCES.get(name, 1e-9) * float(expected.norm()) + zero, parameter
     assert [row for row in importance.coverage if row.fallback] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "roberta", "llama", "vit", "clip_vision", "swin", "t5", "wav2vec2", "deberta_v2"]
+)
+def test_batches_of_a_kind_are_proved_once(name, monkeypatch):
+    forwards = []
+    run = Forward.run
+
+    def counted(self, objectives):
+        forwards.append(self)
+        return run(self, objectives)
+
+    monkeypatch.setattr(Forward, "run", counted)
+    builder, draw = FAMILIES[name]
+    torch.manual_seed(0)
+    model = builder().double().eval()
+    with capture(model) as session:
+        for batch in [draw() for _ in range(4)]:
+            forwards.clear()
+            session.accumulate(partial(objectives_of, model, batch))
+            assert len(forwards) == 1 or session.num_samples == len(next(iter(batch.values())))
+
+
+def objectives_of(model, batch):
+    return sample_objective("l2_squared", default_forward(model, batch))

@@ -63,6 +63,8 @@ class Backward:
         self._uses: list[Use] = []  # of parameters whose gradients are summed before |·|
         for tap in forward.taps:
             self._prepare(tap, None)
+        for tap in forward.unreached:
+            tap.receive = self._receive_hidden
 
     def run(self) -> None:
         """Prove and add; what cannot be added yet is in `left`."""
@@ -128,6 +130,8 @@ class Backward:
         keep = capture.one_graph or weighed is not None
         self._sweep(_Phase.WEIGH, keep=keep)
         self._weighed = [tap.weighted for tap in taps]
+        if capture.hidden_graphs and self.forward.unreached:
+            return False
         if self.forward.reentrant:
             self.forward.find_reuse()
             keep &= not self.forward.again
@@ -185,6 +189,15 @@ class Backward:
         # What happens here is not the model's, and must not be watched.
         with torch._C.DisableTorchFunction() if self.forward.recomputes else nullcontext():
             self._take(tap, delta, saved)
+
+    def _receive_hidden(self, tap: Tap, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
+        """Take a δ that came by way of a backward inside of a backward, as reversible layers have them."""
+        if self._phase in (_Phase.PROVE, _Phase.ADD):
+            raise CaptureError(
+                f"δ of {tap.site.call} came by way of a graph inside of another, which an earlier sweep did not show; "
+                "run the pass on batches of more than one sample"
+            )
+        self.capture.hidden_graphs |= self._phase is _Phase.WEIGH
 
     def _take(self, tap: Tap, delta: Tensor, saved: tuple[Tensor, ...]) -> None:
         if not self._proven(tap):

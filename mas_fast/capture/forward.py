@@ -42,6 +42,7 @@ class Forward(TorchFunctionMode):
 
     Attributes:
         taps: Where δ will be seen, in the order of the calls.
+        unreached: Where it will not, because the graph of the objectives does not lead there.
         again: A call turned out to be understood wrongly: the batch must be run again.
         program: (trace, N), once the forward is through; what was proved for one holds for another like it.
         reentrant: Some calls were made out of sight of autograd, by a reentrant checkpoint, and come in the backward.
@@ -53,6 +54,7 @@ class Forward(TorchFunctionMode):
         super().__init__()
         self.capture = capture
         self.taps: list[Tap] = []
+        self.unreached: list[Tap] = []
         self.again = False
         self.program: Hashable = None
         self.trace = Trace()
@@ -297,7 +299,12 @@ class Forward(TorchFunctionMode):
 
     def _find_unseen(self, values: Tensor) -> None:
         """Give up on parameters that the graph reaches past every tap: used where no torch function shows them."""
-        leaves, nodes = _reached(values)
+        leaves, nodes, taps = _reached(values)
+        # CopySlices hides a call that changes a view in place; other graphs inside of nodes are found by their δ.
+        if not self.capture.hidden_graphs and not any("CopySlices" in node for node in nodes):
+            # Calls that the objective does not depend on are no uses, and no δ will ever come by.
+            self.unreached = [tap for tap in self.taps if id(tap) not in taps]
+            self.taps = [tap for tap in self.taps if id(tap) in taps]
         self.reentrant = "CheckpointFunctionBackward" in nodes
         self.recomputes |= self.reentrant
         by_id = {id(p): name for name, p in self.capture.parameters.items() if name not in self.capture.fallback}
@@ -395,9 +402,9 @@ def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, nam
     return args[position] if len(args) > position else kwargs.get(name)
 
 
-def _reached(values: Tensor) -> tuple[list[Tensor], set[str]]:
-    """Return the leaf tensors that a graph reaches, and the names of its nodes."""
-    leaves, names, seen, stack = [], set(), set(), [values.grad_fn]
+def _reached(values: Tensor) -> tuple[list[Tensor], set[str], set[int]]:
+    """Return the leaf tensors that a graph reaches, the names of its nodes, and the ids of the taps among them."""
+    leaves, names, taps, seen, stack = [], set(), set(), set(), [values.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -406,5 +413,7 @@ def _reached(values: Tensor) -> tuple[list[Tensor], set[str]]:
         names.add(node.name())
         if hasattr(node, "variable"):
             leaves.append(node.variable)
+        elif hasattr(node, "tap"):
+            taps.add(id(node.tap))
         stack.extend(function for function, _ in node.next_functions)
-    return leaves, names
+    return leaves, names, taps

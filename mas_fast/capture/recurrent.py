@@ -4,20 +4,20 @@ A step needs the state that the step before left, so a weight meets the data of 
 known. They are: torch's own layer is run first, without a graph. Then each weight is used in one ordinary call, with
 the states h₋ before each step as plain data,
 
-    xᵢ = x W_ihᵀ + b_ih,    hᵢ = h₋ W_hhᵀ + b_hh,    for an LSTM with projection also p = (o ⊙ tanh c) W_hrᵀ
+    a = x W_ihᵀ + b_ih,    b = h₋ W_hhᵀ + b_hh,    for an LSTM with projection also p = (o ⊙ tanh c) W_hrᵀ
 
-and one autograd function leads from (xᵢ, hᵢ, h₀, c₀, p) to the states. Its values are those already known:
+and one autograd function leads from (a, b, h₀, c₀, p) to the states. Its values are those already known:
 
-    RNN     h = tanh(xᵢ + hᵢ), or ReLU
-    GRU     r, z = σ(xᵢ + hᵢ), n = tanh(xᵢ + r ⊙ hᵢ), h = (1 − z) ⊙ n + z ⊙ h₋        each with its third of xᵢ and hᵢ
-    LSTM    i, f, o = σ(xᵢ + hᵢ), g = tanh(xᵢ + hᵢ), c = f ⊙ c₋ + i ⊙ g, h = o ⊙ tanh c or p
+    RNN     h = tanh(a + b), or ReLU
+    GRU     r, z = σ(a + b), n = tanh(a + r ⊙ b), h = (1 − z) ⊙ n + z ⊙ h₋        each with its third of a and b
+    LSTM    i, f, o = σ(a + b), g = tanh(a + b), c = f ⊙ c₋ + i ⊙ g, h = o ⊙ tanh c or p        with its quarter
 
 Its backward goes back through time. It is linear in what arrives, with factors that the forward forms for all steps at
 once; for an RNN, with D_t all that arrives at h_t,
 
     δ_t = D_t ⊙ (1 − h_t²),    D_{t−1} += δ_t W_hh
 
-So δ, the gradient of hᵢ, holds what flows through later steps too, and δᵀ h₋ is the whole gradient of W_hh.
+So δ, the gradient of b, holds what flows through later steps too, and δᵀ h₋ is the whole gradient of W_hh.
 
 Letters: T steps, N samples, I inputs, H hidden, G gates, P outputs, which are H unless projected. A packed batch is
 spread over [T, N, ·], with zeros past the end of a sequence.
@@ -231,8 +231,8 @@ class _Kind(NamedTuple):
 
     Attributes:
         function: torch's own, for all layers and steps.
-        factors: (walk, xᵢ, hᵢ, states h [T + 1, N, P], c₀) -> what `back` needs of the forward, and o ⊙ tanh c.
-        back: (walk, W_hh, W_hr, factors, gradients of all results) -> gradients of xᵢ, hᵢ, h₀(, c₀(, p)).
+        factors: (walk, a, b, states h [T + 1, N, P](, c₀)) -> what `back` needs of the forward, and o ⊙ tanh c.
+        back: (walk, W_hh, W_hr, factors, gradients of all results) -> gradients of a, b, h₀(, c₀(, p)).
     """
 
     function: Callable[..., Any]
@@ -425,23 +425,22 @@ def _gru_back(
 def _lstm_factors(
     walk: _Walk, x_gates: Tensor, h_gates: Tensor, states: Tensor, initial: Tensor
 ) -> tuple[list[Tensor], Tensor | None]:
-    # Nobody else needs the sums: overwriting them saves memory, whose first touch costs more than the arithmetic.
+    # Nobody else needs what is overwritten here; to touch fresh memory costs more than the arithmetic.
     gates = _wide(h_gates.detach()).add_(x_gates).unflatten(-1, (4, -1))  # [T, N, 4, H]
     i, f, g, o = gates.unbind(2)
-    gates[:, :, :2].sigmoid_()
-    g.tanh_()
-    o.sigmoid_()
+    tanh_g = g.tanh()
+    gates.sigmoid_()
     c = walk.states(initial, f)
-    for new, kept, before, after in walk.ahead(i * g, f, walk.before(c), walk.after(c)):
+    for new, kept, before, after in walk.ahead(i * tanh_g, f, walk.before(c), walk.after(c)):
         torch.addcmul(new, kept, before, out=after)
     tanh_c = walk.after(c).tanh()
     unprojected = (o * tanh_c).to(x_gates.dtype) if states.shape[2] != f.shape[2] else None
-    # Each gate gives its place to its factor when it is needed no more.
-    to_c, kept, to_i = _tanh_backward(o, tanh_c), f.clone(), _sigmoid_backward(g, i)
+    to_c, kept = _tanh_backward(o, tanh_c), f.clone()
+    # The factors take the place of the gates.
+    _tanh_backward(i, tanh_g, grad_input=g)
+    _sigmoid_backward(tanh_g, i, grad_input=i)
     _sigmoid_backward(walk.before(c), f, grad_input=f)
-    _tanh_backward(i, g, grad_input=g)
     _sigmoid_backward(tanh_c, o, grad_input=o)
-    i.copy_(to_i)
     return [gates, to_c, kept], unprojected
 
 

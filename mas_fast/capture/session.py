@@ -89,6 +89,7 @@ class Capture:
         self.sites: dict[SiteKey, Site] = {}
         self.disjoint: set[tuple[Hashable, str]] = set()  # (trace, name) of uses that share no entry
         self.explored: set[Hashable] = set()  # programs of which all taps are known, also those made in backwards
+        self.hidden_graphs = False  # δ came where the graph of the objectives does not show a way
         self.constants = _constants(model)
         self.broken = False  # an error came after some of a batch had been added
         self.weighed: Weighed | None = None  # left by a forward for the next one of the same batch
@@ -128,6 +129,7 @@ class Capture:
                 finally:
                     # Taps and what they report to refer to each other; only the garbage collector would find them.
                     forward.taps.clear()
+                    forward.unreached.clear()
         if self.fallback and self.unsupported == "raise":
             raise CaptureError(self._list_fallback())
         self._batches += 1

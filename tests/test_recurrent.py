@@ -1,0 +1,314 @@
+"""Recurrent layers in pieces: outputs and gradients equal torch's own, and weights are used where they can be seen."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from compare import assert_as_accurate, relative_error
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.overrides import TorchFunctionMode
+
+from mas_fast.capture.recurrent import RECURRENT
+
+I, H, P = 4, 5, 3  # noqa: E741
+LAYERS = {
+    "lstm": (nn.LSTM, {}),
+    "lstm_projected": (nn.LSTM, {"proj_size": P}),
+    "gru": (nn.GRU, {}),
+    "rnn_tanh": (nn.RNN, {}),
+    "rnn_relu": (nn.RNN, {"nonlinearity": "relu"}),
+}
+CELLS = {
+    "lstm_cell": (nn.LSTMCell, {}),
+    "gru_cell": (nn.GRUCell, {}),
+    "rnn_tanh_cell": (nn.RNNCell, {}),
+    "rnn_relu_cell": (nn.RNNCell, {"nonlinearity": "relu"}),
+}
+
+
+class InPieces(TorchFunctionMode):
+    """Does what the pass does with these calls, and keeps (function, arguments) of every call it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args))
+        if func in RECURRENT:
+            with self:
+                return RECURRENT[func](*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def build(name, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    layer, own = (LAYERS | CELLS)[name]
+    return layer(I, H, **own, **options).to(dtype)
+
+
+def data(form, samples=3, steps=6, dtype=torch.float64):
+    """Return leaves to differentiate by, and the input that is made of them."""
+    torch.manual_seed(1)
+    lengths = [steps, max(steps - 2, 1), 1][:samples]
+    if form == "packed":
+        leaf = torch.randn(sum(lengths), I, dtype=dtype, requires_grad=True)
+        sizes = [sum(length > t for length in lengths) for t in range(steps)]
+        return leaf, PackedSequence(leaf, torch.tensor(sizes))
+    shape = (samples, steps) if form in ("batch_first", "unsorted") else (steps, samples)
+    leaf = torch.randn(*shape, I, dtype=dtype, requires_grad=True)
+    if form == "unsorted":
+        return leaf, pack_padded_sequence(leaf, lengths[::-1], batch_first=True, enforce_sorted=False)
+    return leaf, leaf
+
+
+def initial(module, samples=3, layers=1, directions=1):
+    """Return given initial states that require grad, in the form that the module takes."""
+    torch.manual_seed(2)
+    width = getattr(module, "proj_size", 0) or H
+    shape = (samples,) if hasattr(module, "weight_ih") else (layers * directions, samples)
+    states = [torch.randn(*shape, size, dtype=torch.float64, requires_grad=True) for size in (width, H)]
+    return tuple(states) if isinstance(module, (nn.LSTM, nn.LSTMCell)) else states[0]
+
+
+def tensors(value):
+    if isinstance(value, Tensor):
+        return [value]
+    return [value.data] if isinstance(value, PackedSequence) else [t for item in value for t in tensors(item)]
+
+
+def outputs_and_gradients(module, x, hx, leaves):
+    """Return all outputs, and the gradients of a random weighting of them all."""
+    torch.manual_seed(3)
+    outputs = tensors(module(x) if hx is None else module(x, hx))
+    objective = sum((output * torch.randn_like(output)).sum() for output in outputs)
+    gradients = torch.autograd.grad(objective, [*leaves, *module.parameters()], retain_graph=True)
+    return [*(output.detach() for output in outputs), *gradients]
+
+
+def assert_equals_torch(module, leaf, x, hx=None):
+    leaves = [leaf, *([] if hx is None else tensors(hx))]
+    expected = outputs_and_gradients(module, x, hx, leaves)
+    with InPieces() as seen:
+        actual = outputs_and_gradients(module, x, hx, leaves)
+    assert any(func in RECURRENT for func, _ in seen.calls)
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert relative_error(a, e) <= 1e-12
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zero_states", "given_states"])
+@pytest.mark.parametrize("form", ["time_first", "batch_first", "packed", "unsorted"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_equal_torch(name, layers, bidirectional, bias, form, given):
+    options = {"num_layers": layers, "bidirectional": bidirectional, "bias": bias}
+    module = build(name, batch_first=form in ("batch_first", "unsorted"), **options)
+    leaf, x = data(form)
+    hx = initial(module, layers=layers, directions=1 + bidirectional) if given else None
+    assert_equals_torch(module, leaf, x, hx)
+
+
+@pytest.mark.parametrize("form", ["time_first", "packed"])
+@pytest.mark.parametrize(("samples", "steps"), [(1, 6), (3, 1), (1, 1), (2, 3)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_sizes_equal_torch(name, samples, steps, form):
+    module = build(name, num_layers=3, bidirectional=True)
+    leaf, x = data(form, samples, steps)
+    assert_equals_torch(module, leaf, x, initial(module, samples, layers=3, directions=2))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("form", ["time_first", "batch_first", "packed"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_dropout_between_layers_draws_as_torch_does(name, form, training):
+    module = build(name, num_layers=3, bidirectional=True, dropout=0.4, batch_first=form == "batch_first")
+    leaf, x = data(form)
+    assert_equals_torch(module.train(training), leaf, x)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zero_states", "given_states"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_equal_torch(name, bias, given):
+    module = build(name, bias=bias)
+    leaf = torch.randn(3, I, dtype=torch.float64, requires_grad=True)
+    assert_equals_torch(module, leaf, leaf, initial(module) if given else None)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_only_the_final_states_used(name):
+    module = build(name, bidirectional=True)
+    for form in ("time_first", "packed"):
+        _, x = data(form)
+        results = []
+        for mode in (torch.overrides.BaseTorchFunctionMode(), InPieces()):
+            with mode:
+                final = tensors(module(x)[1])[-1]
+            results.append(torch.autograd.grad(final.square().sum(), list(module.parameters())[:3]))
+        assert all(relative_error(a, e) <= 1e-12 for e, a in zip(*results, strict=True))
+
+
+def test_hand_computed_gradient():
+    # h_1 = 2·1 = 2 and h_2 = 2·1 + 3·h_1 = 8, so ∂h_2/∂w_ih = 1 + 3·1 and ∂h_2/∂w_hh = h_1 + 3·∂h_1/∂w_hh = 2.
+    w_ih, w_hh = (torch.tensor([[w]], requires_grad=True) for w in (2.0, 3.0))
+    states, final = RECURRENT[torch.rnn_relu](
+        torch.ones(2, 1, 1), torch.zeros(1, 1, 1), [w_ih, w_hh], False, 1, 0.0, True, False, False
+    )
+    assert states.flatten().tolist() == [2, 8]
+    assert final.item() == 8
+    assert [g.item() for g in torch.autograd.grad(final.sum(), [w_ih, w_hh])] == [4, 2]
+
+
+@pytest.mark.parametrize("form", ["time_first", "packed"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_are_used_in_linear_calls_of_all_steps(name, form):
+    module = build(name, num_layers=2, bidirectional=True)
+    weights = {id(p) for p in module.parameters()}
+    counts = []
+    for steps in (3, 6):
+        _, x = data(form, steps=steps)
+        with InPieces() as seen:
+            module(x)
+        pieces = [(f, args) for f, args in seen.calls if f not in RECURRENT and f.__name__ != "__get__"]
+        users = [(func, args) for func, args in pieces if any(id(a) in weights for a in args)]
+        assert {func for func, _ in users} == {F.linear}
+        used = [id(a) for _, args in users for a in args if id(a) in weights]
+        assert sorted(used) == sorted(weights)
+        # The samples keep an axis of their own, also where the batch is packed.
+        assert all(args[0].shape[:2] == (steps, 3) for _, args in users)
+        counts.append(len(pieces))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_past_the_end_of_a_sequence_nothing_arrives(name):
+    module = build(name, num_layers=2, bidirectional=True)
+    leaf, x = data("packed")
+    present = torch.arange(3) < x.batch_sizes.unsqueeze(1)
+    deltas = []
+
+    class Tapped(InPieces):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = super().__torch_function__(func, types, args, kwargs)
+            if func is F.linear:
+                result.register_hook(deltas.append)
+            return result
+
+    with Tapped():
+        y, h = module(x, initial(module, layers=2, directions=2))
+    (y.data.square().sum() + sum(t.square().sum() for t in tensors(h))).backward()
+    assert len(deltas) == (12 if name == "lstm_projected" else 8)
+    assert all(delta[present].ne(0).any() and delta[~present].eq(0).all() for delta in deltas)
+
+
+def test_the_table_holds_what_torch_calls():
+    seen = set()
+
+    class Seeing(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.add(func)
+            return func(*args, **(kwargs or {}))
+
+    with Seeing():
+        for name in LAYERS:
+            build(name)(data("time_first")[1])
+            build(name)(data("packed")[1])
+        for name in CELLS:
+            build(name)(torch.randn(3, I, dtype=torch.float64))
+    assert {func for func in seen if func.__name__.split("_")[0] in ("lstm", "gru", "rnn")} == set(RECURRENT)
+
+
+def test_keyword_arguments():
+    module, (_, x), (_, packed) = build("lstm"), data("time_first"), data("packed")
+    states = {"hx": initial(module), "params": module._flat_weights, "has_biases": True, "num_layers": 1}
+    options = {"dropout": 0.0, "train": False, "bidirectional": False}
+    for own in (
+        {"input": x, "batch_first": False},
+        {"data": packed.data, "batch_sizes": packed.batch_sizes},
+    ):
+        expected = torch.lstm(**own, **states, **options)
+        actual = RECURRENT[torch.lstm](**own, **states, **options)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_may_be_changed_in_place(name):
+    module = build(name)
+    leaf, x = data("time_first")
+    expected = torch.autograd.grad((module(x)[0] * 2).square().sum(), [leaf, *module.parameters()])
+    with InPieces():
+        y = module(x)[0].mul_(2)
+    actual = torch.autograd.grad(y.square().sum(), [leaf, *module.parameters()])
+    assert all(relative_error(a, e) <= 1e-12 for a, e in zip(actual, expected, strict=True))
+
+
+def test_a_weight_changed_before_the_backward_is_an_error():
+    module = build("gru")
+    with InPieces():
+        y, _ = module(data("time_first")[1].detach())
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_second_derivatives_are_refused():
+    leaf, x = data("time_first")
+    with InPieces():
+        y, _ = build("lstm")(x)
+    with pytest.raises(RuntimeError, match="create_graph must be False"):
+        torch.autograd.grad(y.sum(), leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("trained", ["weight_hh_l0", "bias_ih_l0", None])
+def test_frozen_parts_stay_out(trained):
+    module = build("lstm", num_layers=2)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name == trained)
+    x, (h, c) = data("time_first")[0].detach(), initial(module, layers=2)
+    wanted = [c] if trained is None else [c, module.get_parameter(trained)]
+    expected = torch.autograd.grad(module(x, (h, c))[0].square().sum(), wanted)
+    with InPieces():
+        y = module(x, (h, c))[0]
+    actual = torch.autograd.grad(y.square().sum(), wanted)
+    assert all(relative_error(a, e) <= 1e-12 for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("form", ["time_first", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_as_accurate_as_torch(name, dtype, form):
+    def gradients(module, x):
+        y = tensors(module(x)[0])[0]
+        return torch.autograd.grad(y.double().square().sum(), list(module.parameters()))
+
+    module = build(name, num_layers=2, bidirectional=True)
+    _, x = data(form)
+    truth = gradients(module, x)
+    module, x = copy.deepcopy(module).to(dtype), x.to(dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
+        baseline = gradients(module, x)
+        with InPieces():
+            actual = gradients(module, x)
+    for a, b, t in zip(actual, baseline, truth, strict=True):
+        assert_as_accurate(a, t, b, slack=4 * torch.finfo(dtype).eps)
+
+
+def test_nothing_is_read_before_it_is_written():
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        for name in LAYERS:
+            for form in ("time_first", "packed"):
+                module = build(name, num_layers=2, bidirectional=True)
+                leaf, x = data(form)
+                assert_equals_torch(module, leaf, x, initial(module, layers=2, directions=2))
+    finally:
+        torch.use_deterministic_algorithms(False)
