@@ -1,6 +1,9 @@
 """estimate_importance and capture: what they accept, what they refuse and how, and that they leave no trace."""
 
 import math
+import os
+import subprocess
+import sys
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -1011,3 +1014,39 @@ def test_a_model_made_in_inference_mode_is_named():
         model = nn.Linear(3, 2)
     with pytest.raises(ValueError, match="weight was made in inference mode"):
         estimate_importance(model, [torch.randn(4, 3)])
+
+
+PEAK = """
+import resource, sys, torch, mas_fast
+from torch import nn
+torch.set_num_threads(1)
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(20_000, 64)
+    def forward(self, ids):
+        return nn.functional.linear(self.table(ids), self.table.weight)
+
+torch.manual_seed(0)
+models = {"tied": (Tied(), torch.randint(0, 20_000, (32, 2))),
+          "derived": (nn.utils.parametrizations.weight_norm(nn.Linear(1000, 1280)), torch.randn(32, 1000))}
+model, batch = models[sys.argv[1]]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+for _ in range(2):
+    model(batch).square().sum().backward()
+mas_fast.estimate_importance(nn.Linear(3, 2), [torch.randn(4, 3)] * 2)
+before = peak()
+mas_fast.estimate_importance(model, [batch] * 2, memory_budget=int(sys.argv[2]) << 20)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("name", ["tied", "derived"])
+def test_joined_gradients_stay_within_the_memory_budget(name):
+    # 32 samples' gradients are 156 MiB; one's are 5 MiB, and Ω and the parameter as large.
+    command = [sys.executable, "-c", PEAK, name, "32"]
+    # Blocks of their own for large tensors, so that what is measured is memory in use and not what malloc keeps.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    grown = float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    assert grown <= 32 + 4 * 5

@@ -263,6 +263,8 @@ class _ThroughTime(torch.autograd.Function):
                 "not supported"
             )
         w_hh, w_hr, *factors = ctx.saved_tensors
+        # Under autocast the weights are wider than what was computed with them.
+        w_hh, w_hr = (None if w is None else w.to(factors[0].dtype) for w in (w_hh, w_hr))
         return None, None, None, None, *ctx.kind.back(ctx.walk, w_hh, w_hr, factors, gradients)
 
 
@@ -359,18 +361,13 @@ def _direction(
     return _ThroughTime.apply(kind, walk, known, (*saved, *factors), *inputs)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """Return what goes through time in float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _rnn_tanh_factors(walk: _Walk, x_gates: Tensor, h_gates: Tensor, states: Tensor) -> tuple[list[Tensor], None]:
-    h = _wide(walk.after(states))
+    h = walk.after(states)
     return [_tanh_backward(torch.ones_like(h), h)], None
 
 
 def _rnn_relu_factors(walk: _Walk, x_gates: Tensor, h_gates: Tensor, states: Tensor) -> tuple[list[Tensor], None]:
-    h = _wide(walk.after(states))
+    h = walk.after(states)
     return [(h > 0).to(h.dtype)], None
 
 
@@ -381,7 +378,6 @@ def _rnn_back(
     of_y, of_h_n = gradients
     of_h = walk.gradients(of_y, of_h_n, to_gate)
     delta = walk.empty(to_gate, *to_gate.shape)
-    w_hh = w_hh.to(to_gate.dtype)
     for arrived, before, factor, out in walk.back(walk.after(of_h), walk.before(of_h), to_gate, delta):
         torch.mul(arrived, factor, out=out)
         before.addmm_(out, w_hh)
@@ -389,8 +385,8 @@ def _rnn_back(
 
 
 def _gru_factors(walk: _Walk, x_gates: Tensor, h_gates: Tensor, states: Tensor) -> tuple[list[Tensor], None]:
-    x_r, x_z, x_n = _wide(x_gates).chunk(3, -1)
-    h_r, h_z, h_n = _wide(h_gates).chunk(3, -1)
+    x_r, x_z, x_n = x_gates.chunk(3, -1)
+    h_r, h_z, h_n = h_gates.chunk(3, -1)
     r = (x_r + h_r).sigmoid_()
     z = (x_z + h_z).sigmoid_()
     n = torch.addcmul(x_n, r, h_n).tanh_()
@@ -410,7 +406,6 @@ def _gru_back(
     of_h = walk.gradients(of_y, of_h_n, z)
     h_delta = walk.empty(to_gates, *to_gates.shape)
     h_rows = h_delta.flatten(2)
-    w_hh = w_hh.to(z.dtype)
     arrived = walk.after(of_h)
     buffers = (arrived, arrived.unsqueeze(2), walk.before(of_h), to_gates, z, h_delta, h_rows)
     for d, d_each, before, factor, kept, out, rows in walk.back(*buffers):
@@ -425,8 +420,9 @@ def _gru_back(
 def _lstm_factors(
     walk: _Walk, x_gates: Tensor, h_gates: Tensor, states: Tensor, initial: Tensor
 ) -> tuple[list[Tensor], Tensor | None]:
-    # Nobody else needs what is overwritten here; to touch fresh memory costs more than the arithmetic.
-    gates = _wide(h_gates.detach()).add_(x_gates).unflatten(-1, (4, -1))  # [T, N, 4, H]
+    # Overwrites b, whose values nobody else needs: to touch fresh memory costs more than the arithmetic. With `.data`,
+    # for autograd would take the views that F.linear returns for changed.
+    gates = h_gates.data.add_(x_gates).unflatten(-1, (4, -1))  # [T, N, 4, H]
     i, f, g, o = gates.unbind(2)
     tanh_g = g.tanh()
     gates.sigmoid_()
@@ -434,7 +430,7 @@ def _lstm_factors(
     for new, kept, before, after in walk.ahead(i * tanh_g, f, walk.before(c), walk.after(c)):
         torch.addcmul(new, kept, before, out=after)
     tanh_c = walk.after(c).tanh()
-    unprojected = (o * tanh_c).to(x_gates.dtype) if states.shape[2] != f.shape[2] else None
+    unprojected = o * tanh_c if states.shape[2] != f.shape[2] else None
     to_c, kept = _tanh_backward(o, tanh_c), f.clone()
     # The factors take the place of the gates.
     _tanh_backward(i, tanh_g, grad_input=g)
@@ -449,8 +445,6 @@ def _lstm_back(
 ) -> tuple[Tensor, ...]:
     to_gates, to_c, kept = factors
     of_y, of_h_n, of_c_n = gradients
-    w_hh = w_hh.to(kept.dtype)
-    w_hr = None if w_hr is None else w_hr.to(kept.dtype)
     of_h = walk.gradients(of_y, of_h_n, kept if w_hr is None else kept[..., : w_hr.shape[0]])
     of_c = torch.zeros_like(kept[0]) if of_c_n is None else of_c_n.to(kept.dtype, copy=True)
     delta = walk.empty(to_gates, *to_gates.shape)
