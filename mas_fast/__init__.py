@@ -9,7 +9,17 @@ from mas_fast.estimate import capture, estimate_importance
 from mas_fast.importance import Importance
 from mas_fast.kernels.ops import implementations
 from mas_fast.mas import MAS
+from mas_fast.verify import verify
 
 __version__ = "0.1.0"
 
-__all__ = ["MAS", "CaptureError", "Coverage", "Importance", "capture", "estimate_importance", "implementations"]
+__all__ = [
+    "MAS",
+    "CaptureError",
+    "Coverage",
+    "Importance",
+    "capture",
+    "estimate_importance",
+    "implementations",
+    "verify",
+]

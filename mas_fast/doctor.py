@@ -12,6 +12,12 @@ from mas_fast.kernels import ops
 
 PACKAGE_DIR = Path(mas_fast.__file__).resolve().parent
 
+# What the machine cannot say, but a model can.
+POINTERS = (
+    "Is the importance of your model right? mas_fast.verify(model, batch) compares it with the per-sample loop.",
+    "Which rule served which parameter, and why did some loop? print(importance.coverage), see Importance.coverage.",
+)
+
 
 def main() -> int:
     """Print the report; return 0, or 1 if something that was built cannot be used."""
@@ -23,7 +29,7 @@ def main() -> int:
 
 
 def report() -> str:
-    """Return versions, how the package was built, and which implementation every op has on every device."""
+    """Return versions, how the package was built, every op's implementation by device, and where to ask further."""
     chosen = ops.cpu_capability() or "reference kernels only"
     facts = {
         "mas_fast": f"{mas_fast.__version__} in {PACKAGE_DIR}",
@@ -36,7 +42,7 @@ def report() -> str:
     }
     width = max(map(len, facts))
     lines = [f"{name.ljust(width)}  {value}" for name, value in facts.items()]
-    return "\n".join([*lines, "", str(ops.implementations())])
+    return "\n".join([*lines, "", str(ops.implementations()), "", *POINTERS])
 
 
 def gpu_names() -> list[str]:
