@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from mas_fast.distributed import Ranks
+from mas_fast.sharding import is_sharded, local
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -71,6 +74,14 @@ def unusable_reason(tensor: Tensor, *, non_negative: bool = False) -> str | None
 
 
 def list_unusable(tensors: Mapping[str, Tensor], *, what: str = "", non_negative: bool = False) -> list[str]:
-    """Return one line for each tensor that `unusable_reason` finds fault with; `what` goes before its name."""
-    reasons = {name: unusable_reason(tensor, non_negative=non_negative) for name, tensor in tensors.items()}
-    return [f"{what}{name!r} {reason}" for name, reason in reasons.items() if reason]
+    """Return one line for each tensor that `unusable_reason` finds fault with; `what` goes before its name.
+
+    Of DTensors each rank looks at its own part; all ranks that hold parts must call this, and get the lines of all.
+    """
+    ranks = Ranks.holding(tensors.values())
+    lines = []
+    for name, tensor in tensors.items():
+        reason = unusable_reason(local(tensor), non_negative=non_negative)
+        if reason:
+            lines.append(f"{what}{name!r} {reason}{f' of the part of {ranks.name}' if is_sharded(tensor) else ''}")
+    return list(dict.fromkeys(line for part in ranks.gather(lines) for line in part))

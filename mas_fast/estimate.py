@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mas_fast.capture.refuse import Refusing
 from mas_fast.capture.session import MEMORY_BUDGET, Capture, uncompiled
 from mas_fast.checks import DTYPES
-from mas_fast.coverage import Coverage
+from mas_fast.coverage import Coverage, merge_coverage
+from mas_fast.distributed import Ranks, agree, reshard, uncoupled
 from mas_fast.errors import CaptureError
 from mas_fast.importance import Importance
-from mas_fast.names import named_parameters
+from mas_fast.names import named_parameters, unwrapped
 from mas_fast.reference import default_forward, sample_objective
 
 Objective = str | Callable[[Any], Tensor]
@@ -41,11 +42,18 @@ def estimate_importance(
     The result does not depend on how the samples are batched. The model runs in eval mode and is left as it was found,
     also after an error: parameters, buffers, gradients, mode and random state.
 
+    A model in DistributedDataParallel or under fully_shard gives the Ω of the samples of all its ranks. All must call
+    this, each with its own batches, of which one rank may have more than another, or none. They wait for each other at
+    the beginning and at the end only, where a failure of one fails all; the timeout of their process group must allow
+    for the difference. Under fully_shard each rank holds the whole model and a whole Ω in float32 during the pass, and
+    the result is sharded like the parameters.
+
     Args:
         model: Any module. Parameters that require no gradient get no Ω.
         data: Any iterable of batches; it is iterated once.
-        forward: Callable (model, batch) -> output. By default a tensor gives model(b), a tuple or list model(b[0]),
-            a mapping model(**b) without its labels; the output is a tensor, or has .logits or .last_hidden_state.
+        forward: Callable (model, batch) -> output; the model is the one inside of wrappers. By default a tensor gives
+            model(b), a tuple or list model(b[0]), a mapping model(**b) without its labels; the output is a tensor, or
+            has .logits or .last_hidden_state.
         objective: "l2_squared" (the paper's ‖F‖²), "l2", "l1", or a callable output -> [N], one scalar per sample. The
             number of samples is read from its result. By name, the first axis of the output is the sample axis.
         statistic: "abs" for Ω of MAS; "square" for Σ g²/N, the exact diagonal empirical Fisher of the objective.
@@ -65,14 +73,13 @@ def estimate_importance(
     Raises:
         ValueError: Empty data, nothing trainable, an unknown name, an objective that is not one scalar per sample.
         TypeError: A batch or an output is of a kind that needs `forward`.
-        CaptureError: No exact answer exists: samples influence each other, or the forward changes parameters.
+        CaptureError: No exact answer exists: samples influence each other, or the forward changes parameters. Or
+            another rank failed, or measures other parameters.
         FloatingPointError: An output or gradient is not finite; names the batch, and the parameters.
 
     Source:
         Aljundi et al., Memory Aware Synapses: Learning what (not) to forget, ECCV 2018, Sec. 4.1.
     """
-    if isinstance(data, Tensor):
-        raise TypeError("data must be an iterable of batches, got a tensor, whose rows are no batches; pass [data]")
     run = forward or default_forward
     with capture(
         model,
@@ -83,12 +90,14 @@ def estimate_importance(
         unsupported=unsupported,
         memory_budget=memory_budget,
     ) as session:
+        if isinstance(data, Tensor):
+            raise TypeError("data must be an iterable of batches, got a tensor, whose rows are no batches; pass [data]")
         name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", repr(objective))
         # An unknown name should not wait for the first batch.
         if isinstance(objective, str):
             sample_objective(objective, torch.zeros(1, 1))
         checked = forward is not None
-        for index, batch in enumerate(_with_progress(data, progress)):
+        for index, batch in enumerate(_with_progress(data, progress and session.ranks.first)):
             try:
                 batch = tree_map_only(Tensor, _normal, batch)
                 objectives = partial(_objectives, session.model, batch, run, objective)
@@ -105,8 +114,6 @@ def estimate_importance(
                 if type(error) not in (ValueError, TypeError, CaptureError, FloatingPointError):
                     raise
                 raise type(error)(f"batch {index}: {error}") from error
-        if session.num_samples == 0:
-            raise ValueError("data must hold at least one batch, got none; a one-shot iterator may be used up")
         return session.importance(objective=name, _final=True)
 
 
@@ -114,35 +121,71 @@ class Session(Capture):
     """A running capture of a model: feed it batches with `accumulate`, read `importance()` at any time.
 
     Attributes:
-        model: The model, in eval mode while the session runs; of a `torch.compile`d one, the module inside.
+        model: The model, in eval mode while the session runs; of a wrapped one, such as by `torch.compile` or
+            DistributedDataParallel, the module inside.
+        num_samples: N so far, of this rank.
+        ranks: The processes that the samples are spread over.
     """
 
-    def __init__(self, model: nn.Module, scope: str, selected: Mapping[str, nn.Parameter], **options: Any) -> None:
-        super().__init__(selected, model=model, **options)
+    def __init__(
+        self, model: nn.Module, ranks: Ranks, scope: str, selected: Mapping[str, nn.Parameter], **options: Any
+    ) -> None:
+        parameters = named_parameters(model)
+        super().__init__({name: parameters[name] for name in selected}, model=model, **options)
         self.model: nn.Module = model
+        self.ranks = ranks
         self._scope = scope
+        self._selected = selected
 
     def importance(self, objective: str = "custom", *, _final: bool = False) -> Importance:
-        """Return Ω of the samples so far: the sums divided by their number.
+        """Return Ω of the samples so far, of all ranks: the sums divided by their number. All ranks must call this.
 
         Args:
             objective: What to record as the objective's name.
 
         Raises:
             ValueError: No sample has been accumulated.
-            CaptureError: An error ended the capture in the middle of a batch, or no parameter ever took part.
+            CaptureError: An error ended the capture in the middle of a batch, no parameter ever took part, or another
+                rank failed.
             FloatingPointError: A sum is not finite.
         """
-        self.check_whole()
-        self.check_finite()
-        if self.num_samples == 0:
-            raise ValueError("importance must be of at least one sample, got none; call accumulate first")
-        if not self.fallback and not any(self.uses.values()):
+        with self.ranks.reporting():
+            self.check_whole()
+            self.check_finite()
+        took_part = bool(self.fallback) or any(self.uses.values())
+        parts = self.ranks.gather((self.num_samples, took_part, self._coverage()))
+        num_samples = sum(count for count, _, _ in parts)
+        if num_samples == 0:
+            raise ValueError(
+                "data must hold at least one batch, got none; a one-shot iterator may be used up"
+                if _final
+                else "importance must be of at least one sample, got none; call accumulate first"
+            )
+        if not any(used for _, used, _ in parts):
             raise CaptureError(
                 "objective must depend on the parameters, got none that took part in any forward; see that it does not "
                 "run under torch.no_grad or on other parameters than those selected"
             )
-        rows = [
+        # Where no more batches come, Ω takes the memory of the sums.
+        omega = {
+            name: self.ranks.mean(total, num_samples, self._selected[name], reuse=_final).to(self.dtype)
+            for name, total in self.sums.items()
+        }
+        # A rank may not have met what another has.
+        rows = [row for _, _, rows in parts for row in rows if row.rule != "unused"]
+        met = {row.name: row for row in merge_coverage((), rows)}
+        return Importance(
+            omega,
+            num_samples,
+            coverage=[met.get(row.name, row) for row in self._coverage()],
+            objective=objective,
+            statistic="square" if self.square else "abs",
+            scope=self._scope,
+            _own=True,
+        )
+
+    def _coverage(self) -> list[Coverage]:
+        return [
             Coverage(
                 name,
                 "loop" if name in self.fallback else self.rules.get(name, "unused"),
@@ -151,20 +194,6 @@ class Session(Capture):
             )
             for name in self.sums
         ]
-        # Where no more batches come, Ω takes the memory of the sums.
-        omega = {
-            name: (total.div_(self.num_samples) if _final else total / self.num_samples).to(self.dtype)
-            for name, total in self.sums.items()
-        }
-        return Importance(
-            omega,
-            self.num_samples,
-            coverage=rows,
-            objective=objective,
-            statistic="square" if self.square else "abs",
-            scope=self._scope,
-            _own=True,
-        )
 
 
 @contextmanager
@@ -190,6 +219,10 @@ def capture(
     `accumulate` calls the function once, or again if a first run shows that a parameter has to be treated otherwise.
     On leaving, mode, buffers and random state of the model are as they were.
 
+    A model in DistributedDataParallel or under fully_shard is treated as `estimate_importance` says: all ranks must
+    enter and leave this, and all must call `importance()`. How often each calls `accumulate` is its own affair: until
+    the end no forward and no backward communicates.
+
     Args:
         model: See `estimate_importance`, as for all other arguments.
         statistic: "abs" or "square".
@@ -204,6 +237,22 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    unsharded = reshard(model)
+    ranks = Ranks.of(model)
+    with ranks.reporting():
+        _check_options(model, statistic, scope, dtype)
+        selected = _select_parameters(model, parameters)
+    agree(ranks, selected, statistic=statistic, dtype=dtype)
+    inner = unwrapped(model)
+    # What is made in inference mode can neither be summed into nor be saved for a backward.
+    normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    with ranks.reporting(), normal, uncoupled(model, unsharded), _left_as_found(inner):
+        options = {"dtype": dtype, "unsupported": unsupported, "memory_budget": memory_budget}
+        yield Session(inner, ranks, scope, selected, square=statistic == "square", **options)
+        ranks.gather(None)
+
+
+def _check_options(model: nn.Module, statistic: str, scope: str, dtype: torch.dtype) -> None:
     if statistic not in ("abs", "square"):
         raise ValueError(f"statistic must be 'abs' or 'square', got {statistic!r}")
     if scope == "local":
@@ -216,13 +265,6 @@ def capture(
         raise TypeError(
             "model must run in Python, got TorchScript, whose calls cannot be seen; pass the original module"
         )
-    selected = _select_parameters(model, parameters)
-    # What the module inside does is the same, and its names are the plain ones.
-    inner = getattr(model, "_orig_mod", model)
-    # What is made in inference mode can neither be summed into nor be saved for a backward.
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), _left_as_found(inner):
-        options = {"dtype": dtype, "unsupported": unsupported, "memory_budget": memory_budget}
-        yield Session(inner, scope, selected, square=statistic == "square", **options)
 
 
 def _select_parameters(model: nn.Module, wanted: Parameters) -> dict[str, nn.Parameter]:

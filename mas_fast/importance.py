@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from mas_fast import storage
 from mas_fast.checks import DTYPES, bullets, list_mismatches, list_unusable, one_of
 from mas_fast.coverage import Coverage, CoverageTable, merge_coverage
+from mas_fast.distributed import trained_parameters
 from mas_fast.merge import check_merge, list_meaning_differences, merge_tensors
 from mas_fast.names import named_parameters
+from mas_fast.sharding import full, is_sharded, placed_like
 from mas_fast.tables import format_table
 
 KIND = "mas_fast.importance"
@@ -29,6 +31,8 @@ class Importance(Mapping[str, Tensor]):
     """Ω_ij = (1/N) Σ_k |g_ij(x_k)| by parameter name, for N samples: a mapping whose tensors are its own.
 
     Iteration and lookup are a dict's. The tensors are contiguous, finite and non-negative; they are not to be modified.
+    Those of a model under fully_shard are DTensors, sharded like its parameters; whatever looks at their values, such
+    as `summary`, `merge` and `save`, is then to be called on all ranks.
 
     Attributes:
         num_samples: N. After a merge, the samples that went into it in total.
@@ -98,17 +102,21 @@ class Importance(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         entries = sum(tensor.numel() for tensor in self.values())
+        # One rank alone may print, so that nothing may be gathered here.
+        ranks = {tensor.device_mesh.size() for tensor in self.values() if is_sharded(tensor)}
+        total = f"{math.fsum(_total(tensor) for tensor in self.values()):.4g}" if not ranks else "sharded"
         dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.values()}))
         return (
             f"<Importance of {len(self)} tensors, {entries:,} entries ({dtypes}), num_samples={self.num_samples:,}, "
-            f"total={math.fsum(_total(tensor) for tensor in self.values()):.4g}, statistic={self.statistic!r}, "
+            f"total={total}, statistic={self.statistic!r}, "
             f"objective={self.objective!r}, scope={self.scope!r}>"
         )
 
     def summary(self) -> str:
         """Return a table of each parameter's shape, mean and largest Ω, and the percentage of entries that are zero."""
         rows = []
-        for name, tensor in self.items():
+        for name, own in self.items():
+            tensor = full(own)
             # A parameter without entries has neither mean nor maximum.
             size = max(tensor.numel(), 1)
             largest = float(tensor.max()) if tensor.numel() else 0.0
@@ -119,7 +127,7 @@ class Importance(Mapping[str, Tensor]):
     def merge(self, other: Importance, how: str = "sum", *, alpha: float = 0.5) -> Importance:
         """Return a new importance of both, where Ω1 over N1 samples is this one and Ω2 over N2 samples is `other`.
 
-        The arithmetic is in float32 or wider, the result in the wider of the two dtypes, on this one's devices.
+        The arithmetic is in float32 or wider, the result in the wider of the two dtypes, placed like this one.
         Its num_samples is N1 + N2, the samples seen in total, whatever `how` is.
 
         Args:
@@ -167,11 +175,27 @@ class Importance(Mapping[str, Tensor]):
         moved = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in self.items()}
         return self._with_tensors(moved, f"to({dtype})")
 
+    def to_sharding(self, model: nn.Module) -> Importance:
+        """Return a copy placed like a model's parameters of the same names: on their devices, and sharded as they are.
+
+        So a file that was loaded comes back to a model under fully_shard; with a plain model, DTensors become whole.
+
+        Raises:
+            ValueError: A tensor has no parameter in the model, or one of another shape; all are listed.
+        """
+        parameters = trained_parameters(model)
+        problems = list_mismatches(self, parameters, where="the model")
+        if problems:
+            raise ValueError(f"importance must fit the model, got mismatches:{bullets(problems)}")
+        placed = {name: placed_like(tensor, parameters[name]).clone() for name, tensor in self.items()}
+        return self._with_tensors(placed, "to_sharding")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to `path` as safetensors, atomically: an interrupted save leaves the old file as it was.
 
         The header records objective, statistic, scope, num_samples, coverage, the versions of mas_fast and torch, and
-        the date.
+        the date. Sharded tensors are gathered one after the other to the first rank, which writes them whole: all ranks
+        must call this.
 
         Raises:
             FileNotFoundError: The folder of `path` does not exist.
@@ -186,7 +210,7 @@ class Importance(Mapping[str, Tensor]):
     def load(
         cls, path: str | os.PathLike[str], *, expected: Mapping[str, Tensor] | nn.Module | None = None
     ) -> Importance:
-        """Read what `save` wrote, to the CPU.
+        """Read what `save` wrote, to the CPU, as plain tensors: `to_sharding` brings them to where a model has its own.
 
         Args:
             path: The file.

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from mas_fast import storage
 from mas_fast.checks import bullets, list_mismatches, list_unusable
+from mas_fast.distributed import Ranks, trained_parameters
 from mas_fast.importance import Importance
 from mas_fast.merge import check_merge, list_meaning_differences, merge_tensors
-from mas_fast.names import named_parameters, parameter_name
+from mas_fast.names import parameter_name
 from mas_fast.penalty import Term, add_penalty_grad_, penalty_value
+from mas_fast.sharding import local, placed_like, same_place
 
 KIND = "mas_fast.mas"
 STATE_ENTRIES = ("lam", "merge", "alpha", "meaning", "num_samples", "omega", "anchor")
@@ -48,7 +50,8 @@ class MAS:
 
     Ω and θ* are keyed by parameter name, without the prefixes of torch.compile and (Distributed)DataParallel.
     Parameters of the model without an Ω, such as a new head, are free; so are those that do not require grad. Ω and θ*
-    follow their parameter to another device.
+    follow their parameter to another device, and are sharded as it is under fully_shard. Then every method but
+    `state_dict` is to be called on all ranks; nothing but the value of the penalty is communicated in a step.
 
     Attributes:
         model: The model, possibly wrapped.
@@ -134,7 +137,8 @@ class MAS:
 
             importance = estimate_importance(self.model, data, **estimate_kwargs)
         state = self._merged(importance)
-        if not any(bool(omega.any()) for omega in state.omega.values()):
+        holds = any(bool(local(omega).any()) for omega in state.omega.values())
+        if not any(Ranks.holding(state.omega.values()).gather(holds)):
             warnings.warn("the importance is 0 for every parameter: the penalty holds nothing", stacklevel=2)
         self._state = state
         return importance
@@ -204,7 +208,7 @@ class MAS:
         lam = _checked_lam(state["lam"])
         check_merge(state["merge"], state["alpha"], argument="merge")
         omega, anchor, num_samples = state["omega"], state["anchor"], state["num_samples"]
-        parameters = named_parameters(self.model)
+        parameters = trained_parameters(self.model)
         problems = list_mismatches(omega, parameters, where="the model")
         problems += [f"the anchor of {line}" for line in list_mismatches(anchor, parameters, where="the model")]
         problems += [f"{name!r} has an omega and no anchor" for name in omega if name not in anchor]
@@ -217,8 +221,8 @@ class MAS:
         if problems:
             raise ValueError(f"state must fit the model, got mismatches:{bullets(problems)}")
         self._state = _State(
-            {name: tensor.detach().to(parameters[name].device, copy=True) for name, tensor in omega.items()},
-            {name: anchor[name].detach().to(parameters[name].device, copy=True) for name in omega},
+            {name: placed_like(tensor.detach(), parameters[name]).clone() for name, tensor in omega.items()},
+            {name: placed_like(anchor[name].detach(), parameters[name]).clone() for name in omega},
             {name: int(num_samples[name]) for name in omega},
             dict(state["meaning"]),
         )
@@ -254,14 +258,14 @@ class MAS:
             raise ValueError(f"{os.fspath(path)!r} must hold a state that fits, got: {error}") from error
 
     def _fitting_parameters(self) -> dict[str, nn.Parameter]:
-        parameters = named_parameters(self.model)
+        parameters = trained_parameters(self.model)
         problems = list_mismatches(self._state.omega, parameters, where="the model")
         if problems:
             raise ValueError(f"model must have every parameter that has an omega, got mismatches:{bullets(problems)}")
         return parameters
 
     def _merged(self, importance: Importance) -> _State:
-        parameters = named_parameters(self.model)
+        parameters = trained_parameters(self.model)
         old = self._state.omega
         # A name that fits is a plain one already, whatever else it could be the wrapped name of.
         new = {n if n in parameters else parameter_name(self.model, n): omega for n, omega in importance.items()}
@@ -276,12 +280,13 @@ class MAS:
 
         omegas, num_samples = {}, {}
         for name in old | new:
-            device = parameters[name].device
+            like = parameters[name]
             counts = (self._state.num_samples.get(name, 0), importance.num_samples if name in new else 0)
             if name in old and name in new:
-                omegas[name] = merge_tensors(old[name].to(device), new[name], counts, self.merge, alpha=self.alpha)
+                before = placed_like(old[name], like)
+                omegas[name] = merge_tensors(before, new[name], counts, self.merge, alpha=self.alpha)
             else:
-                omegas[name] = new[name].to(device, copy=True) if name in new else old[name].to(device)
+                omegas[name] = placed_like(new[name], like).clone() if name in new else placed_like(old[name], like)
             num_samples[name] = sum(counts)
         problems = list_unusable(omegas, what="the merged ", non_negative=True)
         if problems:
@@ -297,9 +302,9 @@ class MAS:
                 warnings.warn("there is no importance before consolidate(): the penalty is exactly 0", stacklevel=3)
             return {}
         parameters = self._fitting_parameters()
-        if any(parameters[name].device != omega.device for name, omega in self._state.omega.items()):
+        if not all(same_place(omega, parameters[name]) for name, omega in self._state.omega.items()):
             omegas, anchors = (
-                {name: tensor.to(parameters[name].device) for name, tensor in tensors.items()}
+                {name: placed_like(tensor, parameters[name]) for name, tensor in tensors.items()}
                 for tensors in (self._state.omega, self._state.anchor)
             )
             self._state = dataclasses.replace(self._state, omega=omegas, anchor=anchors)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mas_fast.checks import one_of
+from mas_fast.sharding import placed_like
 
 MERGES = ("sum", "mean", "ema", "max")
 
@@ -39,11 +40,11 @@ def merge_tensors(first: Tensor, second: Tensor, counts: tuple[int, int], how: s
         alpha: The weight of Ω2 in "ema".
 
     Returns:
-        A new tensor on the device of `first`, in the wider of the two dtypes.
+        A new tensor placed like `first`, in the wider of the two dtypes.
     """
     dtype = torch.promote_types(first.dtype, second.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    first, second = first.to(wide), second.to(first.device, wide)
+    first, second = first.to(wide), placed_like(second, first).to(wide)
     if how == "max":
         return torch.maximum(first, second).to(dtype)
     total = sum(counts)

@@ -6,6 +6,8 @@ import sys
 
 from torch import nn
 
+_WRAPPER_CHILDREN = ("_orig_mod", "module", "_checkpoint_wrapped_module")
+
 
 def _is_wrapper_child(module: nn.Module, child: str) -> bool:
     if child == "_orig_mod":
@@ -14,15 +16,26 @@ def _is_wrapper_child(module: nn.Module, child: str) -> bool:
         return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
     if child == "module":
         return isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    if child == "_checkpoint_wrapped_module":
+        wrapper = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+        return wrapper is not None and isinstance(module, wrapper.ActivationWrapper)
     return False
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside of torch.compile, DataParallel and DistributedDataParallel, in any order."""
+    for child in ("_orig_mod", "module"):
+        if _is_wrapper_child(model, child):
+            return unwrapped(getattr(model, child))
+    return model
 
 
 def parameter_name(model: nn.Module, name: str) -> str:
     """Return `name` as the plain model would spell it.
 
-    `_orig_mod.` of torch.compile and `module.` of DataParallel and DistributedDataParallel are dropped, at any depth,
-    where the module that carries them is such a wrapper. A layer that merely happens to be called `module` keeps its
-    name.
+    `_orig_mod.` of torch.compile, `module.` of DataParallel and DistributedDataParallel, and the prefix of wrappers for
+    activation checkpoints are dropped, at any depth, where the module that carries them is such a wrapper. A layer that
+    merely happens to be called `module` keeps its name.
 
     Args:
         model: The model that `name` was taken from.
@@ -39,6 +52,6 @@ def parameter_name(model: nn.Module, name: str) -> str:
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every parameter of `model` once, keyed by its name in the plain model, in the model's order."""
-    if not any(_is_wrapper_child(module, child) for module in model.modules() for child in ("_orig_mod", "module")):
+    if not any(_is_wrapper_child(module, child) for module in model.modules() for child in _WRAPPER_CHILDREN):
         return dict(model.named_parameters())
     return {parameter_name(model, name): parameter for name, parameter in model.named_parameters()}

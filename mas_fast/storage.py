@@ -14,6 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mas_fast.distributed import Ranks
+from mas_fast.sharding import full, is_sharded
+
 FORMAT_VERSION = 1
 
 
@@ -21,6 +24,8 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
     """Write `tensors` and a header to `path` atomically: afterwards it is either the old file or the complete new one.
 
     The header says what wrote the file (versions of the format, of mas_fast and of torch, and the date), then `header`.
+    With DTensors among the tensors all ranks that hold parts must call this: they are gathered one after the other to
+    the first rank, which writes.
 
     Args:
         path: The file to create or replace. Its folder must exist.
@@ -30,14 +35,37 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
 
     Raises:
         FileNotFoundError: The folder of `path` does not exist.
-        OSError: The file could not be written, for instance for want of space.
+        OSError: The file could not be written, for instance for want of space; or the rank that writes failed.
     """
+    ranks = Ranks.holding(tensors.values(), error=OSError)
     # Through a symbolic link the file it points to is replaced, not the link.
     target = Path(path).resolve()
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"path must lie in an existing folder, got {os.fspath(path)!r}: create {target.parent} first"
-        )
+    with ranks.reporting():
+        if ranks.first and not target.parent.is_dir():
+            raise FileNotFoundError(
+                f"path must lie in an existing folder, got {os.fspath(path)!r}: create {target.parent} first"
+            )
+        ranks.gather(None)
+    gathered = _gathered(tensors, keep=ranks.first)
+    with ranks.reporting():
+        if ranks.first:
+            _write(path, target, kind, gathered, header)
+        ranks.gather(None)
+
+
+def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Return tensors with the DTensors among them whole, on the CPU; nothing unless `keep`."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        whole = full(tensor.detach())
+        if keep:
+            gathered[name] = whole.cpu() if is_sharded(tensor) else whole
+    return gathered
+
+
+def _write(
+    path: str | os.PathLike[str], target: Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, str]
+) -> None:
     provenance = {
         "format": "pt",
         "kind": kind,
