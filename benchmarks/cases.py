@@ -43,12 +43,14 @@ class Case:
         draw_batch: Draws one batch [N, …] of the given size from a generator.
         batch_size: N of one batch.
         ratio_bar: The most that the pass may cost, in ordinary batched backwards.
+        joined_mib: What gradients of single samples may take, where a parameter's are summed over several uses.
     """
 
     build_model: Callable[[], nn.Module]
     draw_batch: Callable[[int, torch.Generator], Tensor]
     batch_size: int
     ratio_bar: float
+    joined_mib: float = 0.0
 
     def build(self, num_batches: int, dtype: torch.dtype = torch.float32) -> Workload:
         """Build the workload; the same arguments give the same model and the same data."""
@@ -216,6 +218,7 @@ CASES: dict[str, Case] = {
         lambda n, g: torch.randint(2000, (n, 64), generator=g),
         batch_size=16,
         ratio_bar=1.35,
+        joined_mib=8.0,
     ),
     "lstm": Case(
         lambda: LastState(64, 128, layers=2),

@@ -55,7 +55,7 @@ def measure_case(case: str, num_batches: int, arguments: argparse.Namespace) -> 
     unit_peak_mib = rows[arguments.methods.index(UNIT)]["peak_mib"]
     for row in rows:
         if row["method"] == "mas_fast" and unit_peak_mib is not None:
-            row["peak_bar_mib"] = unit_peak_mib + row["omega_mib"]
+            row["peak_bar_mib"] = unit_peak_mib + row["omega_mib"] + CASES[case].joined_mib
     return rows
 
 

@@ -109,7 +109,7 @@ def estimate_importance(
                     seen: list[Tensor] = []
                     session.accumulate(partial(_remembered, objectives, seen))
                     # Not during the forward, so that this batch runs the same program as all others.
-                    _compare(seen[-1].detach(), alone)
+                    _compare(seen[-1], alone)
             except (ValueError, TypeError, CaptureError, FloatingPointError) as error:
                 if type(error) not in (ValueError, TypeError, CaptureError, FloatingPointError):
                     raise
@@ -373,8 +373,11 @@ def _objectives_alone(model: nn.Module, batch: Any, objective: Objective) -> dic
 
 
 def _remembered(objectives: Callable[[], Tensor], seen: list[Tensor]) -> Tensor:
-    seen.append(objectives())
-    return seen[-1]
+    values = objectives()
+    # Without the graph, which would outlive the run; unwatched, so that this batch runs the same program as all others.
+    with torch._C.DisableTorchFunction():
+        seen[:] = [values.detach()]
+    return values
 
 
 def _compare(together: Tensor, alone: Mapping[int, Tensor]) -> None:

@@ -118,18 +118,7 @@ class Capture:
         self.weighed, self.one_graph = None, False
         with torch.inference_mode(False), torch.enable_grad(), uncompiled():
             while pending:
-                forward = Forward(self)
-                try:
-                    values = forward.run(objectives)
-                    samples = len(values)
-                    if not forward.again:
-                        backward = Backward(self, forward, values, pending)
-                        backward.run()
-                        pending = backward.left
-                finally:
-                    # Taps and what they report to refer to each other; only the garbage collector would find them.
-                    forward.taps.clear()
-                    forward.unreached.clear()
+                samples, pending = self._run(objectives, pending)
         if self.fallback and self.unsupported == "raise":
             raise CaptureError(self._list_fallback())
         self._batches += 1
@@ -137,6 +126,21 @@ class Capture:
         self.broken = False
         self.num_samples += samples
         return samples
+
+    def _run(self, objectives: Callable[[], Tensor], pending: set[str]) -> tuple[int, set[str]]:
+        """Run forward and backward once; return N and what is still to be added. The graph is gone when it returns."""
+        forward = Forward(self)
+        try:
+            values = forward.run(objectives)
+            if forward.again:
+                return len(values), pending
+            backward = Backward(self, forward, values, pending)
+            backward.run()
+            return len(values), backward.left
+        finally:
+            # Taps and what they report to refer to each other; only the garbage collector would find them.
+            forward.taps.clear()
+            forward.unreached.clear()
 
     def check_whole(self) -> None:
         """Raise if an earlier error left a batch added in part.
