@@ -101,6 +101,8 @@ def estimate_importance(
             try:
                 batch = tree_map_only(Tensor, _normal, batch)
                 objectives = partial(_objectives, session.model, batch, run, objective)
+                rows = {t.shape[0] if t.dim() else None for t in _tensors(batch)}
+                session.batch_rows = rows.pop() if len(rows) == 1 else None
                 alone = None if checked else _objectives_alone(session.model, batch, objective)
                 checked = checked or alone is not None
                 if alone is None:
@@ -356,7 +358,8 @@ def _objectives_alone(model: nn.Module, batch: Any, objective: Objective) -> dic
         # Not evidently one row per sample.
         return None
     alone = {}
-    with torch.no_grad(), uncompiled(), Refusing(model):
+    # With gradients, as in the pass: a model may keep what it computes from its parameters for the next forward.
+    with torch.enable_grad(), uncompiled(), Refusing(model):
         for sample in (0, samples - 1):
             one = tree_map_only(Tensor, lambda t, sample=sample: t[sample : sample + 1], batch)  # type: ignore[misc]
             try:
@@ -368,7 +371,7 @@ def _objectives_alone(model: nn.Module, batch: Any, objective: Objective) -> dic
                 return None
             if values.shape != (1,):
                 return None
-            alone[sample] = values[0]
+            alone[sample] = values[0].detach()
     return alone
 
 

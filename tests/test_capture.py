@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from cases import DIRECT, JOINED, LOOPED, build
 from compare import truth_of, worst_error
 from torch import nn
@@ -212,3 +213,100 @@ def test_a_graph_inside_of_a_node_is_not_missed():
     batches = [torch.randn(5, 3).double() for _ in range(3)]
     truth = estimate_importance(model, batches, forward=plain, dtype=torch.float64)
     assert worst_error(estimate_importance(model, batches, forward=hidden, dtype=torch.float64), truth) <= 1e-11
+
+
+class Pooled(nn.Module):
+    """Packed rows of several samples, pooled by what the data say belongs together."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.pool, self.net = pool, nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x, owner):
+        own = torch.arange(3)[:, None] == owner
+        return self.pool(self.net(x), own, owner)
+
+
+def pooled_by_list(h, own, owner):
+    sums = list(torch.zeros(3, 2, dtype=h.dtype).unbind(0))
+    for row, sample in zip(h.unbind(0), owner.tolist(), strict=True):
+        sums[sample] = sums[sample] + row
+    return torch.stack(sums)
+
+
+def pooled_by_slices(h, own, owner):
+    starts = [(owner == sample).nonzero().min() for sample in range(3)]
+    return torch.stack([h[start : start + 1].sum(0) for start in starts])
+
+
+POOLS = {
+    "mask": lambda h, own, owner: (own[:, :, None] * h).sum(1),
+    "where": lambda h, own, owner: torch.where(own[:, :, None], h[None], 0.0).sum(1),
+    "softmax": lambda h, own, owner: h[:, 0].expand(3, -1).masked_fill(~own, -torch.inf).softmax(-1) @ h,
+    "attention": lambda h, own, owner: F.scaled_dot_product_attention(torch.ones_like(h[:3]), h, h, attn_mask=own),
+    "weighted": lambda h, own, owner: (own * torch.arange(1.0, 7, dtype=h.dtype)) @ h,
+    "sparse": lambda h, own, owner: torch.sparse.mm(own.to(h.dtype).to_sparse(), h),
+    "sparse_operator": lambda h, own, owner: own.to(h.dtype).to_sparse() @ h,
+    "list": pooled_by_list,
+    "slices": pooled_by_slices,
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_rows_that_data_regroup_are_proved_again(pool):
+    torch.manual_seed(0)
+    model = Pooled(POOLS[pool]).double()
+    owners = ([0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 2, 2], [0, 1, 2, 2, 2, 2])
+    batches = [(torch.randn(6, 3).double(), torch.tensor(owner)) for owner in owners]
+    run = lambda m, batch: m(*batch)  # noqa: E731
+    truth = [mas_fast.reference.importance_loop(model, batch, forward=run) for batch in batches]
+    mean = {name: torch.stack([row[name] for row in truth]).mean(0) for name in truth[0]}
+    importance = estimate_importance(model, batches, forward=run, dtype=torch.float64)
+    assert worst_error(importance, mean) <= 1e-11
+
+
+@pytest.mark.parametrize("window", [lambda p, a: p[a : a + 2], lambda p, a: p.narrow(0, a, 2)])
+def test_windows_that_come_to_overlap(window):
+    torch.manual_seed(0)
+    model = nn.ParameterDict({"p": torch.randn(8, 3), "w": torch.randn(2, 3)}).double()
+
+    def run(m, batch):
+        x, (a, b) = batch
+        first, second = window(m["p"], a), window(m["p"], b)
+        return F.linear((x[:, None] + first).tanh().sum(1) + (x[:, None] * second).sum(1), m["w"]).tanh()
+
+    batches = [(torch.randn(4, 3).double(), torch.tensor(starts)) for starts in ([0, 2], [0, 1], [3, 3])]
+    truth = [mas_fast.reference.importance_loop(model, batch, forward=run) for batch in batches]
+    mean = {name: torch.stack([row[name] for row in truth]).mean(0) for name in truth[0]}
+    assert worst_error(estimate_importance(model, batches, forward=run, dtype=torch.float64), mean) <= 1e-11
+
+
+def test_parametrized_weights_that_are_cached():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).double()
+    batches = [torch.randn(5, 3).double() for _ in range(2)]
+    truth = estimate_importance(model, batches, dtype=torch.float64)
+    with nn.utils.parametrize.cached():
+        cached = estimate_importance(model, batches, dtype=torch.float64)
+    assert worst_error(cached, truth) <= 1e-11
+
+
+def test_what_an_earlier_forward_left_on_the_module_is_refused():
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classes, self.layer, self.kept = nn.Linear(3, 4), nn.Linear(3, 4), None
+            self.register_buffer("prompts", torch.randn(50, 3))
+
+        def forward(self, x):
+            if self.kept is None:
+                self.kept = self.classes(self.prompts * x.mean()).tanh()
+            return self.layer(x) @ self.kept.T
+
+    with pytest.raises(CaptureError, match="cache on the module"):
+        estimate_importance(Cached(), [torch.randn(5, 3)] * 2, forward=lambda m, x: m(x))
+
+
+def test_parameters_inside_of_vmap_are_refused():
+    model = nn.Linear(3, 2)
+    with pytest.raises(CaptureError, match="inside of torch.vmap"):
+        estimate_importance(model, [torch.randn(4, 3)], forward=lambda m, x: torch.vmap(m)(x))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mas_fast.capture.binding import Delta
 from mas_fast.capture.forward import Forward
 from mas_fast.capture.joint import Use, add_joint, components
-from mas_fast.capture.layout import Fingerprint, prove, sample_weights
+from mas_fast.capture.layout import Fingerprint, Layout, prove, sample_weights
 from mas_fast.capture.tap import Tap
 from mas_fast.errors import CaptureError
 from mas_fast.reference import magnitude
@@ -213,13 +213,24 @@ class Backward:
             if tap.weighted is not None:
                 proved = prove(fingerprint, tap.weighted, self._weights, torch.finfo(delta.dtype).eps)
                 tap.layout = proved[0] if proved else None
-                if len(proved) == 1 and not self.forward.trace.reads:
+                if len(proved) == 1 and self._holds_again(proved[0], tap.shape):
                     tap.site.remember(self.forward.program, proved[0])
             if tap.layout is None:
                 self._fail(tap)
                 return
         if self._phase is _Phase.ADD:
             self._add(tap, Delta(delta, None if self._samples == 1 else tap.layout, self._samples), saved)
+
+    def _holds_again(self, layout: Layout, shape: torch.Size) -> bool:
+        """Return whether a layout holds for every forward of the same program.
+
+        It does where each sample has one entry, for then any order is as good. Several entries of a sample may be
+        grouped by data in ways that no trace shows, such as masks; not so where the rows of the batch are the samples,
+        for then a regrouping would mix them.
+        """
+        if self.forward.trace.reads or layout.rows is not None:
+            return False
+        return shape[layout.axis] == self._samples or self.capture.batch_rows == self._samples
 
     def _add(self, tap: Tap, delta: Delta, saved: tuple[Tensor, ...]) -> None:
         omega: dict[str, Tensor] = {}

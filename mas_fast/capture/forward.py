@@ -258,6 +258,11 @@ class Forward(TorchFunctionMode):
         used: Mapping[int, Tracked],
         site: Site,
     ) -> Any:
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise CaptureError(
+                f"parameters must not be used inside of torch.vmap, got {', '.join(sorted(site_names(used)))} in "
+                f"{site.call}; call the function on the whole batch"
+            )
         args, kwargs = _detached(args, kwargs, used)
         output = func(*args, **kwargs)
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -300,6 +305,12 @@ class Forward(TorchFunctionMode):
     def _find_unseen(self, values: Tensor) -> None:
         """Give up on parameters that the graph reaches past every tap: used where no torch function shows them."""
         leaves, nodes, taps = _reached(values)
+        stale = [tap for key, tap in taps.items() if key not in {id(tap) for tap in self.taps}]
+        if stale:
+            raise CaptureError(
+                f"what an earlier forward computed from {', '.join(sorted(stale[0].names))} was used again, as from a "
+                "cache on the module; clear it in every forward"
+            )
         # CopySlices hides a call that changes a view in place; other graphs inside of nodes are found by their δ.
         if not self.capture.hidden_graphs and not any("CopySlices" in node for node in nodes):
             # Calls that the objective does not depend on are no uses, and no δ will ever come by.
@@ -360,6 +371,11 @@ _WAYS: dict[str, Callable[..., Any]] = {
 }
 
 
+def site_names(used: Mapping[int, Tracked]) -> set[str]:
+    """Return the names of all parameters that a call's arguments come from."""
+    return {name for source in used.values() for name in source.names}
+
+
 def _fits(binding: Binding, used: Mapping[int, Tracked]) -> bool:
     roles = [id(t) for t in binding.roles.values() if id(t) in used]
     # A tensor in two roles would have to be summed before |·|; one that is only data is no business of the rule.
@@ -402,9 +418,9 @@ def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, nam
     return args[position] if len(args) > position else kwargs.get(name)
 
 
-def _reached(values: Tensor) -> tuple[list[Tensor], set[str], set[int]]:
-    """Return the leaf tensors that a graph reaches, the names of its nodes, and the ids of the taps among them."""
-    leaves, names, taps, seen, stack = [], set(), set(), set(), [values.grad_fn]
+def _reached(values: Tensor) -> tuple[list[Tensor], set[str], dict[int, Tap]]:
+    """Return the leaf tensors that a graph reaches, the names of its nodes, and the taps among them by id."""
+    leaves, names, taps, seen, stack = [], set(), {}, set(), [values.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -414,6 +430,6 @@ def _reached(values: Tensor) -> tuple[list[Tensor], set[str], set[int]]:
         if hasattr(node, "variable"):
             leaves.append(node.variable)
         elif hasattr(node, "tap"):
-            taps.add(id(node.tap))
+            taps[id(node.tap)] = node.tap
         stack.extend(function for function, _ in node.next_functions)
     return leaves, names, taps

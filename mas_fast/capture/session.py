@@ -89,6 +89,7 @@ class Capture:
         self.sites: dict[SiteKey, Site] = {}
         self.disjoint: set[tuple[Hashable, str]] = set()  # (trace, name) of uses that share no entry
         self.explored: set[Hashable] = set()  # programs of which all taps are known, also those made in backwards
+        self.batch_rows: int | None = None  # the first axis of all tensors of the batch, where that is known
         self.hidden_graphs = False  # δ came where the graph of the objectives does not show a way
         self.constants = _constants(model)
         self.broken = False  # an error came after some of a batch had been added

@@ -27,7 +27,9 @@ _READS = frozenset(
 
 
 # Products of data with data: a matrix of zeros and ones among them moves rows.
-_PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ mm bmm einsum addmm baddbmm addbmm linear tensordot".split())
+_PRODUCTS = frozenset(
+    "matmul __matmul__ __rmatmul__ mm bmm einsum addmm baddbmm addbmm linear tensordot _sparse_mm spmm".split()
+)
 
 
 class Trace:
@@ -57,6 +59,7 @@ class Trace:
         routed: Any = ()
         if name in _ROUTES:
             routed = _values([*args[1:], *kwargs.values()])
+            self._reads |= _batched()
         elif name in _PRODUCTS:
             self._note_choices([t for a in args for t in (a if isinstance(a, (tuple, list)) else (a,))])
         elif name in ("embedding", "embedding_bag"):
@@ -68,6 +71,9 @@ class Trace:
 
     def _note_choices(self, operands: Sequence[Any]) -> None:
         tensors = [t for t in operands if isinstance(t, Tensor) and t.dim() >= 2]
+        self._reads |= any(t.layout is not torch.strided for t in tensors)
+        if self._reads or _batched():
+            return
         data = [t for t in tensors if not isinstance(t, nn.Parameter) and not t.is_complex()]
         if len(data) >= 2:
             self._choices += [_chooses(t.detach()[..., -1, :]) for t in data if t.shape[-2] and t.shape[-1]]
@@ -82,10 +88,17 @@ def _chooses(rows: Tensor) -> Tensor:
     return (zeros.any(-1) & (zeros | (rows == rows.amax(-1, keepdim=True))).all(-1)).any()
 
 
+def _batched() -> bool:
+    """Return whether torch.vmap runs: its tensors have no values that could be read."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def _form(value: Any) -> Any:
     """Return what of an argument decides where rows go, apart from an index tensor's values. Fractions do not."""
     if isinstance(value, Tensor):
-        return value.shape
+        number = value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
+        # One that stands for a Python number, as the start of a slice.
+        return int(value) if number and not _batched() else value.shape
     if isinstance(value, (tuple, list)):
         return tuple([_form(item) for item in value])
     if isinstance(value, slice):
@@ -95,5 +108,6 @@ def _form(value: Any) -> Any:
 
 def _values(routed: Any) -> Any:
     if isinstance(routed, Tensor):
-        return None if routed.is_floating_point() or routed.is_complex() else routed.cpu().numpy().tobytes()
+        numbers = not (_batched() or routed.is_floating_point() or routed.is_complex())
+        return routed.cpu().numpy().tobytes() if numbers else None
     return tuple(map(_values, routed)) if isinstance(routed, (tuple, list)) else None
