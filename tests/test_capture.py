@@ -1,5 +1,7 @@
 """Exactness of the pass on whole models: against the float64 loop, for every batching and every order."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -75,6 +77,38 @@ def test_unsupported_raise_lists_every_parameter(name):
     with pytest.raises(CaptureError) as error:
         estimate_importance(model, [batch], unsupported="raise")
     assert all(parameter in str(error.value) for parameter in looped)
+
+
+def alive(kinds=("Tap", "Forward", "Backward")):
+    gc.collect()
+    return sum(type(o).__name__ in kinds and type(o).__module__.startswith("mas_fast") for o in gc.get_objects())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_nothing_of_a_batch_stays(name):
+    # A cycle through autograd's graph is out of the garbage collector's sight.
+    model, batch = build(EXACT[name])
+    before = alive()
+    estimate_importance(model, [batch])
+    assert alive() == before
+
+
+@pytest.mark.parametrize("name", LOOPED)
+def test_nothing_of_a_looped_batch_stays(name):
+    model, batch, _ = build(LOOPED[name])
+    before = alive()
+    estimate_importance(model, [batch])
+    assert alive() == before
+
+
+def test_nothing_of_a_batch_with_an_error_stays():
+    model, batch = build(DIRECT["mlp"])
+    bad = batch.clone()
+    bad[0, 0] = float("nan")
+    before = alive()
+    with pytest.raises(FloatingPointError):
+        estimate_importance(model, [bad])
+    assert alive() == before
 
 
 def test_hand_computed():

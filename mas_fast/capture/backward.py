@@ -103,6 +103,11 @@ class Backward:
             fold()
         self._note_rules()
 
+    def end(self) -> None:
+        """Let the graph go: it holds the taps, which report here, and the garbage collector cannot see through it."""
+        self.values = self.values.detach()
+        self._uses.clear()
+
     def _check_finite(self) -> None:
         values = self.values.detach()
         if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):

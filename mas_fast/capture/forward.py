@@ -70,6 +70,12 @@ class Forward(TorchFunctionMode):
                 source.version = source.tensor._version
                 self._tracked[id(source.tensor)] = source
 
+    def end(self) -> None:
+        """Let the graph go: it holds the taps."""
+        self.taps.clear()
+        self.unreached.clear()
+        self._tracked.clear()
+
     def run(self, objectives: Callable[[], Tensor]) -> Tensor:
         """Run the model; returns the objectives [N]."""
         versions = {name: p._version for name, p in self.capture.parameters.items()}
@@ -387,12 +393,12 @@ def _fits(binding: Binding, used: Mapping[int, Tracked]) -> bool:
 
 
 def _detached(args: Any, kwargs: Any, used: Mapping[int, Tracked]) -> tuple[Any, Any]:
-    def detached(a: Any) -> Any:
-        if id(a) in used:
-            return a.detach()
-        return replaced(a, detached) if isinstance(a, (tuple, list)) else a
+    # No function that refers to itself is made here: only the garbage collector could take it away, and it would run
+    # again and again just to do so.
+    def detached(t: Tensor) -> Tensor:
+        return t.detach() if id(t) in used else t
 
-    return [detached(a) for a in args], {key: detached(a) for key, a in kwargs.items()}
+    return [replaced(a, detached) for a in args], {key: replaced(a, detached) for key, a in kwargs.items()}
 
 
 def _checkpoint_hook() -> str:

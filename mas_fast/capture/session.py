@@ -136,12 +136,13 @@ class Capture:
             if forward.again:
                 return len(values), pending
             backward = Backward(self, forward, values, pending)
-            backward.run()
+            try:
+                backward.run()
+            finally:
+                backward.end()
             return len(values), backward.left
         finally:
-            # Taps and what they report to refer to each other; only the garbage collector would find them.
-            forward.taps.clear()
-            forward.unreached.clear()
+            forward.end()
 
     def check_whole(self) -> None:
         """Raise if an earlier error left a batch added in part.
