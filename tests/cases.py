@@ -338,6 +338,55 @@ def assigned(self, x):
     return h
 
 
+def assembled(self, x):
+    """A weight that is written into a buffer, which is made for it."""
+    w = torch.zeros(3, 5, dtype=x.dtype)
+    w[:2] = self.w
+    w[2:] = self.v * 2
+    return F.linear(x, w)
+
+
+def edited(self, x):
+    w = self.w * 2
+    w.mul_(3.0)
+    v = self.w.clone()
+    v[0] = 0
+    return F.linear(x, w) + F.linear(x, v)
+
+
+def repeated(self, x):
+    """A parameter that is written into a row for every sample."""
+    shift = x.new_zeros(len(x), 5)
+    shift[:] = self.w[0]
+    return F.linear(x + shift, self.w)
+
+
+def made(self, x):
+    """Constants that are made from data without looking at it, and held in lists and dicts."""
+    w = self.w * x.new_tensor([1.0, 2.0, 3.0, 4.0, 5.0]) + torch.full_like(x[0], 2.0)
+    return F.linear(x, w * self.scales[0] + self.named["shift"])
+
+
+def with_constants(model):
+    model.scales = [torch.rand(5, dtype=torch.float64)]
+    model.named = {"shift": torch.rand(5, dtype=torch.float64)}
+    return model
+
+
+def edited_after_use(self, x):
+    w = self.w * 2
+    h = F.linear(x, w)
+    w.mul_(3.0)
+    return h + F.linear(x, w)
+
+
+def edited_view(self, x):
+    w = self.w.clone()
+    row = w[0]
+    row.mul_(3.0)
+    return F.linear(x, w) + row[0]
+
+
 def mixed_selection(self, x):
     """Overlapping slices of one parameter: their gradients must be summed first."""
     return F.linear(x, self.w[:4]) + F.linear(x, self.w[2:])
@@ -400,6 +449,10 @@ def relative_bias(self, x):
 
 # name -> builder of (model, batch): reused and derived parameters, whose gradients are summed before |·|
 JOINED = {
+    "assembled": lambda: (Lambda(assembled, w=torch.randn(2, 5), v=torch.randn(1, 5)), torch.randn(6, 5)),
+    "edited": lambda: (Lambda(edited, w=torch.randn(3, 5)), torch.randn(6, 5)),
+    "repeated": lambda: (Lambda(repeated, w=torch.randn(3, 5)), torch.randn(6, 5)),
+    "made": lambda: (with_constants(Lambda(made, w=torch.randn(3, 5))), torch.randn(6, 5)),
     "lstm": lambda: (
         Lambda(lambda m, x: m.lstm(x)[0][:, -1], lstm=nn.LSTM(4, 5, batch_first=True)),
         torch.randn(4, 3, 4),
@@ -539,6 +592,8 @@ JOINED = {
 
 # name -> builder of (model, batch, names of the parameters that must take the loop)
 LOOPED = {
+    "edited_after_use": lambda: (Lambda(edited_after_use, w=torch.randn(3, 5)), torch.randn(6, 5), {"w"}),
+    "edited_view": lambda: (Lambda(edited_view, w=torch.randn(3, 5)), torch.randn(6, 5), {"w"}),
     "custom_function": lambda: (Lambda(unseen, w=torch.randn(5), head=nn.Linear(5, 2)), torch.randn(6, 5), {"w"}),
     "assignment": lambda: (Lambda(assigned, linear=nn.Linear(5, 3), cls=torch.randn(())), torch.randn(6, 5), {"cls"}),
 }

@@ -7,6 +7,7 @@ A call that uses a tracked tensor is understood in one of several ways, tried in
     rule     the call meets data and its family has a rule
     select   it only moves entries of the parameter
     call     it meets data, in whatever way: its own backward gives each sample's gradient
+    edit     no data is involved, and it writes into what was derived, or into a constant: that is derived from now on
     derive   no data is involved: what it returns is tracked, with its graph, in the parameters' place
 """
 
@@ -32,6 +33,14 @@ from mas_fast.errors import CaptureError
 
 if TYPE_CHECKING:
     from mas_fast.capture.session import Capture
+
+# Calls that take a tensor for its shape, dtype and device alone.
+_MAKERS = frozenset(
+    [
+        *(getattr(torch.Tensor, f"new_{kind}") for kind in ("tensor", "zeros", "ones", "full", "empty")),
+        *(getattr(torch, f"{kind}_like") for kind in ("zeros", "ones", "full", "empty", "rand", "randn")),
+    ]
+)
 
 # What a way that does not fit returns, for None is a result.
 _UNFIT = object()
@@ -64,6 +73,7 @@ class Forward(TorchFunctionMode):
         self.token = torch.zeros((), requires_grad=True)
         self._tracked: dict[int, Tracked] = {}
         self._constants: dict[int, Tensor] = {}  # made in this forward from no data
+        self._turned: set[int] = set()  # sites that another way is to be tried for in the next forward
         self._counts: dict[tuple[str, tuple[str, ...]], int] = {}
         for name, source in capture.whole.items():
             if name not in capture.fallback:
@@ -102,7 +112,7 @@ class Forward(TorchFunctionMode):
         used = self._used(args, kwargs)
         if not used or not torch.is_grad_enabled():
             result = func(*args, **kwargs)
-            self._note_constant(args, kwargs, result)
+            self._note_constant(func, args, kwargs, result)
             return result
         site = self._site(func, used, args, kwargs)
         while site.ways and not any(source.changed for source in used.values()):
@@ -111,10 +121,11 @@ class Forward(TorchFunctionMode):
                 return result
             if not site.next_way():
                 break
+        changed = " after it was changed in place" if any(source.changed for source in used.values()) else ""
         result = func(*args, **kwargs)
         if any(t.requires_grad for t in tensors_in(result)):
             for source in used.values():
-                self.give_up(source, f"used by {site.call}, which no rule covers in this form")
+                self.give_up(source, f"used by {site.call}{changed}, which no rule covers in this form")
         return result
 
     def begin_sweep(self, found: Callable[[Tap], None]) -> None:
@@ -125,7 +136,8 @@ class Forward(TorchFunctionMode):
 
     def give_up(self, source: Tracked, reason: str) -> None:
         """Understand the parameter otherwise from the next forward on: pick it differently, or loop over samples."""
-        if source.origin is not None and source.origin.next_way():
+        if source.origin is not None and (id(source.origin) in self._turned or source.origin.next_way()):
+            self._turned.add(id(source.origin))
             self.again = True
             return
         for name in source.names:
@@ -170,6 +182,8 @@ class Forward(TorchFunctionMode):
             return ("lend",)
         others = [t for t in tensors_in([*args, *kwargs.values()]) if id(t) not in used]
         meets_data = not all(id(t) in self._constants or id(t) in self.capture.constants for t in others)
+        if not meets_data and changes_its_arguments(func, kwargs):
+            return ("edit",)
         known = [way for way, table in (("rule", RULES), ("select", SELECTIONS)) if func in table]
         if func is F.embedding and looks_shared(_argument(args, kwargs, 0, "input")):
             known = ["select", "rule"]
@@ -181,11 +195,12 @@ class Forward(TorchFunctionMode):
             known = [way for way in known if way == "select" or func is F.embedding]
         return (*known, "derive")
 
-    def _note_constant(self, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+    def _note_constant(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Remember what was made from no data. An error here costs time only: what is derived is exact anyway."""
-        for t in tensors_in(args if not kwargs else [*args, *kwargs.values()]):
-            if id(t) not in self._constants and id(t) not in self.capture.constants:
-                return
+        if func not in _MAKERS:
+            for t in tensors_in(args if not kwargs else [*args, *kwargs.values()]):
+                if id(t) not in self._constants and id(t) not in self.capture.constants:
+                    return
         for t in tensors_in(result):
             self._constants[id(t)] = t
 
@@ -243,11 +258,31 @@ class Forward(TorchFunctionMode):
         result = func(*args, **kwargs)
         derived = [t for t in tensors_in(result) if t.requires_grad]
         if not derived:
+            self._constants.update((id(t), t) for t in tensors_in(result))
             return result
         names = tuple(dict.fromkeys(name for source in used.values() for name in source.names))
         self._join(names)
         for t in derived:
             self._tracked.setdefault(id(t), Tracked.derived_from(names, t, site))
+        return result
+
+    def _edit(self, func: Any, args: Any, kwargs: Any, used: Mapping[int, Tracked], site: Site) -> Any:
+        target = args[0] if args else None
+        # Where others see the same memory, or a call has seen it before, one graph cannot stand for all that was seen.
+        if not isinstance(target, Tensor) or kwargs.get("out") is not None or target.is_leaf and target.requires_grad:
+            return _UNFIT
+        seen = [source.tensor for tap in self.taps for source in tap.roles.values()]
+        others = [source.tensor for source in self._tracked.values() if source.tensor is not target]
+        if target._base is not None or any(t is target for t in seen) or any(t._base is target for t in others):
+            return _UNFIT
+        edited = used.get(id(target))
+        names = tuple(dict.fromkeys(name for source in used.values() for name in source.names))
+        if edited is not None and not edited.derived and self.capture.joint.issuperset(names):
+            return _UNFIT
+        result = func(*args, **kwargs)
+        if target.requires_grad:
+            self._join(names)  # from the next forward on, what was picked is derived
+            self._tracked[id(target)] = Tracked.derived_from(names, target, site)
         return result
 
     def _join(self, names: Sequence[str]) -> None:
@@ -373,6 +408,7 @@ _WAYS: dict[str, Callable[..., Any]] = {
     "rule": Forward._by_rule,
     "select": Forward._select,
     "call": Forward._by_call,
+    "edit": Forward._edit,
     "derive": Forward._derive,
 }
 

@@ -29,6 +29,7 @@ from mas_fast.capture import (  # noqa: F401  (each registers its rules)
     transposed,
 )
 from mas_fast.capture.backward import Backward, Weighed, not_finite
+from mas_fast.capture.call import tensors_in
 from mas_fast.capture.forward import Forward
 from mas_fast.capture.select import track
 from mas_fast.capture.site import Site, SiteKey
@@ -205,6 +206,7 @@ def _constants(model: nn.Module | None) -> dict[int, Tensor]:
     """Return what a model holds, by id: no data of a batch."""
     held: dict[int, Tensor] = {}
     for module in model.modules() if model is not None else ():
+        # In lists and dicts of the module, too.
         for own in (module._parameters, module._buffers, module.__dict__):
-            held.update((id(t), t) for t in own.values() if isinstance(t, Tensor))
+            held.update((id(t), t) for value in own.values() for t in tensors_in(value))
     return held
