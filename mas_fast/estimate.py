@@ -62,7 +62,7 @@ def estimate_importance(
         dtype: Floating dtype of Ω. Sums are never narrower than float32.
         unsupported: What no rule is exact for takes one backward per sample ("loop", reported in `.coverage`), or
             is an error that lists it all ("raise").
-        progress: Show a progress bar.
+        progress: Show a progress bar; in batches that take the loop, also which sample it is at.
         memory_budget: Bytes that the gradients of single samples may take, for parameters whose gradients must be
             summed over several uses, or pulled back through a function such as weight norm, before |·| is taken. One
             sample's are formed at least.
@@ -97,7 +97,9 @@ def estimate_importance(
         if isinstance(objective, str):
             sample_objective(objective, torch.zeros(1, 1))
         checked = forward is not None
-        for index, batch in enumerate(_with_progress(data, progress and session.ranks.first)):
+        if progress and session.ranks.first:
+            data = _with_progress(data, session)
+        for index, batch in enumerate(data):
             try:
                 batch = tree_map_only(Tensor, _normal, batch)
                 objectives = partial(_objectives, session.model, batch, run, objective)
@@ -406,9 +408,9 @@ def _tensors(batch: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
-def _with_progress(data: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return data
+def _with_progress(data: Iterable[Any], session: Session) -> Iterable[Any]:
     from tqdm.auto import tqdm
 
-    return tqdm(data, desc="importance", unit="batch")
+    bar = tqdm(data, desc="importance", unit="batch")
+    session.tell_loop = lambda done, samples: bar.set_postfix_str(f"loop: sample {done} of {samples}")
+    return bar

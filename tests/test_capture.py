@@ -71,6 +71,23 @@ def test_the_loop_is_announced_once_before_it_starts():
     assert len(said) == 1
 
 
+def test_the_loop_shows_in_the_progress_bar(capfd):
+    model, batch, _ = build(LOOPED["custom_function"])
+    with pytest.warns(mas_fast.errors.LoopWarning):
+        estimate_importance(model, [batch], progress=True)
+    assert "loop: sample 6 of 6" in capfd.readouterr().err
+    estimate_importance(*build(DIRECT["mlp"])[:1], [build(DIRECT["mlp"])[1]], progress=True)
+    assert "loop" not in capfd.readouterr().err
+
+
+def test_unsupported_raise_says_where_and_what_to_do():
+    model, batch, _ = build(LOOPED["custom_function"])
+    with pytest.raises(CaptureError) as error:
+        estimate_importance(nn.Sequential(model), [batch], unsupported="raise")
+    assert "0.w [5]: used by DoubledBackward, which no torch function shows" in str(error.value)
+    assert "write these calls with torch functions" in str(error.value)
+
+
 @pytest.mark.parametrize("name", LOOPED)
 def test_unsupported_raise_lists_every_parameter(name):
     model, batch, looped = build(LOOPED[name])

@@ -305,6 +305,7 @@ class Backward:
                     if gradient is not None:
                         total = capture.sums[name]
                         total += magnitude(gradient.to(total.dtype), capture.square)
+                capture.tell_loop(sample + 1, self._samples)
         finally:
             for parameter, own in zip(parameters, hooks, strict=True):
                 parameter._backward_hooks = own

@@ -360,12 +360,15 @@ class Forward(TorchFunctionMode):
         self.reentrant = "CheckpointFunctionBackward" in nodes
         self.recomputes |= self.reentrant
         by_id = {id(p): name for name, p in self.capture.parameters.items() if name not in self.capture.fallback}
-        unseen = [by_id[id(leaf)] for leaf in leaves if id(leaf) in by_id]
+        unseen = {by_id[id(leaf)]: node for leaf, node in leaves if id(leaf) in by_id}
         if any([self._turn_selections(name) for name in unseen]):
             self.again = True
             return
-        for name in unseen:
-            reason = "used in a way that torch functions do not show, such as a custom autograd.Function"
+        for name, node in unseen.items():
+            if node == "CopySlices":
+                reason = "written in place into a tensor that holds data"
+            else:
+                reason = f"used by {node}, which no torch function shows, such as a custom autograd.Function"
             self.give_up(self.capture.whole[name], reason)
 
     def _turn_selections(self, name: str) -> bool:
@@ -460,18 +463,19 @@ def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, nam
     return args[position] if len(args) > position else kwargs.get(name)
 
 
-def _reached(values: Tensor) -> tuple[list[Tensor], set[str], dict[int, Tap]]:
-    """Return the leaf tensors that a graph reaches, the names of its nodes, and the taps among them by id."""
-    leaves, names, taps, seen, stack = [], set(), {}, set(), [values.grad_fn]
+def _reached(values: Tensor) -> tuple[list[tuple[Tensor, str]], set[str], dict[int, Tap]]:
+    """Return the leaves that a graph reaches, each with the name of a node that uses it, all names, and taps by id."""
+    leaves, names, taps, seen, stack = [], set(), {}, set(), [(values.grad_fn, "")]
     while stack:
-        node = stack.pop()
+        node, user = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        names.add(node.name())
+        name = node.name()
+        names.add(name)
         if hasattr(node, "variable"):
-            leaves.append(node.variable)
+            leaves.append((node.variable, user))
         elif hasattr(node, "tap"):
             taps[id(node.tap)] = node.tap
-        stack.extend(function for function, _ in node.next_functions)
+        stack.extend((function, name) for function, _ in node.next_functions)
     return leaves, names, taps

@@ -96,6 +96,7 @@ class Capture:
         self.broken = False  # an error came after some of a batch had been added
         self.weighed: Weighed | None = None  # left by a forward for the next one of the same batch
         self.one_graph = False  # prove on one graph: the forwards of this batch differ
+        self.tell_loop: Callable[[int, int], None] = lambda done, samples: None  # called in every loop over samples
         self._batches = 0
         self._announced = 0  # of how many parameters it has been said that they loop
 
@@ -178,7 +179,8 @@ class Capture:
         return (
             f"no rule is exact for {len(lines)} of {len(self.parameters)} parameters:\n"
             + "\n".join(lines)
-            + "\npass unsupported='loop' for one backward per sample for these, or leave them out with parameters="
+            + "\nwrite these calls with torch functions that return new tensors, pass unsupported='loop' for one "
+            "backward per sample for these parameters, or leave them out with parameters="
         )
 
     def check_finite(self, thoroughly: bool = True) -> None:
