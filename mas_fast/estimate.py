@@ -113,7 +113,7 @@ def estimate_importance(
                     seen: list[Tensor] = []
                     session.accumulate(partial(_remembered, objectives, seen))
                     # Not during the forward, so that this batch runs the same program as all others.
-                    _compare(seen[-1], alone)
+                    _compare(seen[-1], *alone)
             except (ValueError, TypeError, CaptureError, FloatingPointError) as error:
                 if type(error) not in (ValueError, TypeError, CaptureError, FloatingPointError):
                     raise
@@ -349,8 +349,10 @@ def _objectives(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], An
     return values
 
 
-def _objectives_alone(model: nn.Module, batch: Any, objective: Objective) -> dict[int, Tensor] | None:
-    """Return the objectives of the first and the last sample, each in a batch of its own; None if they cannot be had.
+def _objectives_alone(model: nn.Module, batch: Any, objective: Objective) -> tuple[dict[int, Tensor], float] | None:
+    """Return the objectives of the first and the last sample, each in a batch of its own, and the eps of the run.
+
+    None if they cannot be had.
 
     Both, because what runs along the batch as if it were time, forwards or backwards, leaves one end alone.
     """
@@ -361,7 +363,7 @@ def _objectives_alone(model: nn.Module, batch: Any, objective: Objective) -> dic
         return None
     alone = {}
     # With gradients, as in the pass: a model may keep what it computes from its parameters for the next forward.
-    with torch.enable_grad(), uncompiled(), Refusing(model):
+    with torch.enable_grad(), uncompiled(), Refusing(model) as run:
         for sample in (0, samples - 1):
             one = tree_map_only(Tensor, lambda t, sample=sample: t[sample : sample + 1], batch)  # type: ignore[misc]
             try:
@@ -374,7 +376,7 @@ def _objectives_alone(model: nn.Module, batch: Any, objective: Objective) -> dic
             if values.shape != (1,):
                 return None
             alone[sample] = values[0].detach()
-    return alone
+    return alone, run.eps
 
 
 def _remembered(objectives: Callable[[], Tensor], seen: list[Tensor]) -> Tensor:
@@ -385,8 +387,13 @@ def _remembered(objectives: Callable[[], Tensor], seen: list[Tensor]) -> Tensor:
     return values
 
 
-def _compare(together: Tensor, alone: Mapping[int, Tensor]) -> None:
+def _compare(together: Tensor, alone: Mapping[int, Tensor], eps: float) -> None:
     """Compare the objectives of a batch with those alone, where whoever mixes samples shows.
+
+    Args:
+        together: Objectives of the batch.
+        alone: Sample -> its objective in a batch of its own.
+        eps: Of the coarsest numbers that the model computes with, which may not be those that it returns.
 
     Raises:
         CaptureError: They differ.
@@ -396,7 +403,7 @@ def _compare(together: Tensor, alone: Mapping[int, Tensor]) -> None:
     for sample, value in alone.items():
         # Relative to the batch: an objective near zero is all rounding.
         scale = torch.maximum(together.abs().mean(), value.abs())
-        if not bool((together[sample] - value).abs() <= torch.finfo(together.dtype).eps ** 0.5 * scale):
+        if not bool((together[sample] - value).abs() <= max(eps, torch.finfo(together.dtype).eps) ** 0.5 * scale):
             raise CaptureError(
                 f"samples must not influence each other, got objective {float(together[sample]):.6g} for sample "
                 f"{sample} in its batch and {float(value):.6g} alone; find what mixes samples or is random in eval "

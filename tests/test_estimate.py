@@ -191,6 +191,39 @@ class Stream(IterableDataset):
         return iter(X)
 
 
+class Picked(nn.Module):
+    def __init__(self, gru):
+        super().__init__()
+        self.gru = gru
+
+    def forward(self, x):
+        return self.gru(x)[0].float()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_rounding_of_autocast_is_not_taken_for_samples_that_mix(inside):
+    # A recurrent layer returns float32 of what it computed in bfloat16, other sums of which give other roundings.
+    torch.manual_seed(0)
+    gru = nn.GRU(4, 5, batch_first=True)
+
+    def states(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return gru(x)[0].float()
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = gru
+
+        def forward(self, x):
+            return states(x)
+
+    model, x = Wrapped() if inside else Picked(gru), torch.randn(64, 9, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not inside):
+        importance = estimate_importance(model, [x])
+    assert importance.num_samples == 64
+
+
 @pytest.mark.parametrize(
     "data", [[X, X], DataLoader(Stream(), batch_size=3), iter([X])], ids=["list", "stream", "iterator"]
 )

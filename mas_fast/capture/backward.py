@@ -125,7 +125,7 @@ class Backward:
         """
         capture, program, taps = self.capture, self.forward.program, self.forward.taps
         weighed, capture.weighed = capture.weighed, None
-        self._weights = sample_weights(self._samples, self.values)
+        self._weights = sample_weights(self._samples, self.values, self.forward.half)
         if weighed is not None and weighed.program == program:
             self._weighed_elsewhere = True
             self._weighed = weighed.fingerprints
@@ -216,7 +216,9 @@ class Backward:
                 self._infinite.update(tap.names)
                 return
             if tap.weighted is not None:
-                proved = prove(fingerprint, tap.weighted, self._weights, torch.finfo(delta.dtype).eps)
+                # What was float16 on its way here has its small numbers rounded differently in the two backwards.
+                coarsest = torch.float16 if self.forward.half and delta.dtype != torch.bfloat16 else delta.dtype
+                proved = prove(fingerprint, tap.weighted, self._weights, torch.finfo(coarsest).eps)
                 tap.layout = proved[0] if proved else None
                 if len(proved) == 1 and self._holds_again(proved[0], tap.shape):
                     tap.site.remember(self.forward.program, proved[0])

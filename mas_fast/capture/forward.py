@@ -56,6 +56,7 @@ class Forward(TorchFunctionMode):
         program: (trace, N), once the forward is through; what was proved for one holds for another like it.
         reentrant: Some calls were made out of sight of autograd, by a reentrant checkpoint, and come in the backward.
         recomputes: Calls are made again in the backward.
+        half: Some of the calls that use parameters return float16.
         in_sweep: While a backward runs, told of every tap that it makes; else None.
     """
 
@@ -69,6 +70,7 @@ class Forward(TorchFunctionMode):
         self.trace = Trace()
         self.reentrant = False
         self.recomputes = False
+        self.half = False
         self.in_sweep: Callable[[Tap], None] | None = None
         self.token = torch.zeros((), requires_grad=True)
         self._tracked: dict[int, Tracked] = {}
@@ -308,6 +310,7 @@ class Forward(TorchFunctionMode):
         output = func(*args, **kwargs)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return _UNFIT
+        self.half |= output.dtype == torch.float16
         roles = {role: used[id(t)] for role, t in binding.roles.items() if id(t) in used}
         if binding.accumulate is None:
             for source in roles.values():

@@ -61,10 +61,16 @@ def split_samples(tensor: Tensor, layout: Layout | None, samples: int) -> Tensor
     return tensor.unsqueeze(0) if layout is None else layout.split(tensor, samples)
 
 
-def sample_weights(samples: int, like: Tensor) -> Tensor:
-    """Return [N] powers of two that differ between samples as far as the dtype of `like` allows."""
+def sample_weights(samples: int, like: Tensor, half: bool = False) -> Tensor:
+    """Return [N] powers of two that differ between samples as far as dtypes allow.
+
+    Args:
+        samples: N.
+        like: Of the dtype and device that they shall have.
+        half: Some of the backward is in float16, whatever the dtype of `like`.
+    """
     # float16 leaves room for few powers; elsewhere 81 of them keep every plain product far from overflow.
-    return _powers(samples, 4 if like.dtype == torch.float16 else 40).to(like)
+    return _powers(samples, 4 if half or like.dtype == torch.float16 else 40).to(like)
 
 
 @lru_cache(maxsize=16)

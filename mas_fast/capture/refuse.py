@@ -57,15 +57,26 @@ def _batch_norm_name(model: nn.Module | None, weight: Tensor | None) -> str:
 
 
 class Refusing(TorchFunctionMode):
-    """While active, refuses what `refuse` refuses."""
+    """While active, refuses what `refuse` refuses.
+
+    Attributes:
+        eps: Of the coarsest floating-point numbers that a call returned, or may have used inside under autocast.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.eps = 0.0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run a call unless it is refused."""
         refuse(self.model, func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple) else (result,):
+            if isinstance(t, Tensor) and t.is_floating_point():
+                auto = torch.is_autocast_enabled(t.device.type)
+                used = (t.dtype, torch.get_autocast_dtype(t.device.type)) if auto else (t.dtype,)
+                self.eps = max(self.eps, *(torch.finfo(dtype).eps for dtype in used))
+        return result
