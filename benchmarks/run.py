@@ -87,10 +87,10 @@ def percentiles(name: str, values: list[float]) -> dict[str, float | None]:
     return {f"{name}_p{percent}": ordered.quantile(percent / 100).item() for percent in (20, 50, 80)}
 
 
-def results_path(folder: Path, run: Row) -> Path:
-    """Return the file of this machine: one per processor and number of threads."""
+def results_path(folder: Path, run: Row, kind: str = "passes") -> Path:
+    """Return the file of this machine: one per kind of rows, processor and number of threads."""
     slug = re.sub(r"[^a-z0-9]+", "-", run["machine"]["cpu"].lower()).strip("-")
-    return folder / f"passes-{slug}-{run['machine']['threads']}-threads.json"
+    return folder / f"{kind}-{slug}-{run['machine']['threads']}-threads.json"
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "arithmetic.h"
+
 namespace mas_fast::cpu {
 
 enum class Input { kFloat32, kFloat64, kBFloat16, kFloat16 };  // what data is read from
@@ -65,10 +67,42 @@ struct Kernels {
                  T* omega);
 };
 
+// Entries that the loops of the training step take at once: whole blocks of codes, and few enough for all arrays to
+// stay in the first-level cache.
+constexpr int64_t kStepBlock = 1024;
+
+struct StepSum {
+  double value;
+  int64_t lost;  // entries of the gradient that were finite before and are not now
+};
+
+// At most kStepBlock entries at a time. Where memory keeps T itself, arrays are the memory; elsewhere buffers of T.
+template <class T>
+struct StepKernels {
+  // Returns the entries as T: where they are, or in the buffer. `scales` are those of codes, from the first entry on.
+  const T* (*decode)(Storage storage, const void* from, int64_t count, const float* scales, T* buffer);
+
+  // Writes entries back, rounded; nothing is done if `from` is where they belong.
+  void (*encode)(Storage storage, const T* from, int64_t count, void* to);
+
+  // grad[i] = before[i] + twice_factor λ Ω (θ − θ*); without `before` it starts from 0, without `grad` only the value
+  // is wanted. What reaches `limit` will be inf in memory.
+  StepSum (*penalty)(T lam, T twice_factor, const T* theta, const T* omega, const T* anchor, int64_t count, T limit,
+                     const T* before, T* grad);
+
+  // Steps, returning the penalty before; next may be theta. Without omega nothing holds the entries.
+  double (*sgd)(const Sgd<T>& rule, T lam, const T* theta, const T* grad, const T* omega, const T* anchor,
+                int64_t count, T* buffer, T* next);
+  double (*adamw)(const AdamW<T>& rule, T lam, const T* theta, const T* grad, const T* omega, const T* anchor,
+                  int64_t count, T* mean, T* square, T* largest, T* next);
+};
+
 struct KernelTable {
   const char* instruction_set;
   Kernels<float> f32;
   Kernels<double> f64;
+  StepKernels<float> steps_f32;
+  StepKernels<double> steps_f64;
 };
 
 const KernelTable& baseline_kernels();
@@ -87,6 +121,17 @@ inline const Kernels<float>& kernels_for<float>() {
 template <>
 inline const Kernels<double>& kernels_for<double>() {
   return kernels().f64;
+}
+
+template <class T>
+const StepKernels<T>& step_kernels_for();
+template <>
+inline const StepKernels<float>& step_kernels_for<float>() {
+  return kernels().steps_f32;
+}
+template <>
+inline const StepKernels<double>& step_kernels_for<double>() {
+  return kernels().steps_f64;
 }
 
 }  // namespace mas_fast::cpu

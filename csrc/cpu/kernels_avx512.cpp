@@ -1,6 +1,6 @@
 // The inner loops for avx512 vectors.
 #define MAS_FAST_VECTOR_BYTES 64
-#include "cpu/kernels_body.h"
+#include "cpu/steps_body.h"
 
 namespace mas_fast::cpu {
 

@@ -502,11 +502,5 @@ constexpr Kernels<T> kernels_of() {
           fold<T>, transpose<T>, depthwise<T>, affine<T>,       gather<T>};
 }
 
-// MR × NV accumulators, NV columns and a broadcast must fit the registers: 16 of them, or 32 with AVX-512.
-constexpr KernelTable make_table(const char* name) {
-  constexpr int MR = MAS_FAST_VECTOR_BYTES == 64 ? 8 : 6;
-  return {name, kernels_of<float, MR, 2>(), kernels_of<double, MR, 2>()};
-}
-
 }  // namespace
 }  // namespace mas_fast::cpu

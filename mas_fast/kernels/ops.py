@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mas_fast import reference
+from mas_fast import reference, reference_steps
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
@@ -24,8 +24,11 @@ LIBRARY_PATH = Path(__file__).resolve().parent.parent / (
     "_kernels.dylib" if sys.platform == "darwin" else "_kernels.so"
 )
 
+# Ω, θ* and λ of a list of parameters (reference_steps.py).
+_HELD = "Tensor[] omegas, Tensor[] scales, Tensor[] anchors, float[] lams"
+
 # op -> (schema, reference kernel)
-OPS: dict[str, tuple[str, Callable[..., None]]] = {
+OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "accumulate_linear_": (
         "(Tensor(a!) omega, Tensor grad_output, Tensor input, bool square=False) -> ()",
         reference.accumulate_linear_,
@@ -44,13 +47,54 @@ OPS: dict[str, tuple[str, Callable[..., None]]] = {
         " Tensor? rstd=None, bool square=False) -> ()",
         reference.accumulate_affine_,
     ),
+    "penalty_grad_": (
+        f"(Tensor(a!)[] grads, Tensor[] thetas, {_HELD}, Tensor? factors=None, bool add=True) -> Tensor",
+        reference_steps.penalty_grad_,
+    ),
+    "sgd_step_": (
+        f"(Tensor(a!)[] thetas, Tensor[] grads, Tensor(b!)[] momenta, {_HELD}, float lr, float momentum=0,"
+        " float dampening=0, float weight_decay=0, bool nesterov=False, bool maximize=False, bool first=False,"
+        " bool implicit=False) -> Tensor",
+        reference_steps.sgd_step_,
+    ),
+    "adamw_step_": (
+        "(Tensor(a!)[] thetas, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+        f" Tensor(d!)[] max_exp_avg_sqs, {_HELD}, float[] steps, float lr, float beta1, float beta2, float eps,"
+        " float weight_decay=0, bool amsgrad=False, bool maximize=False, bool implicit=False) -> Tensor",
+        reference_steps.adamw_step_,
+    ),
+    "encode_omega": ("(Tensor omega) -> (Tensor, Tensor)", reference_steps.encode_omega),
+    "decode_omega": ("(Tensor codes, Tensor scales) -> Tensor", reference_steps.decode_omega),
+}
+
+
+def _fake_values(first: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    return first[0].new_empty((len(first), 2), dtype=torch.float64)
+
+
+def _fake_penalty_values(grads: Sequence[Tensor], thetas: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    return _fake_values(thetas)
+
+
+def _fake_codes(omega: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = -(-omega.numel() // reference_steps.BLOCK)
+    return omega.new_empty(omega.numel(), dtype=torch.uint8), omega.new_empty(blocks, dtype=torch.float32)
+
+
+# What an op returns that returns anything, as shapes and dtypes.
+_FAKES: dict[str, Callable[..., Any]] = {
+    "penalty_grad_": _fake_penalty_values,
+    "sgd_step_": _fake_values,
+    "adamw_step_": _fake_values,
+    "encode_omega": _fake_codes,
+    "decode_omega": lambda codes, scales: codes.new_empty(codes.shape, dtype=torch.float32),
 }
 
 _library = torch.library.Library("mas_fast", "DEF")
 for _name, (_schema, _kernel) in OPS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mas_fast::{_name}", lambda *args, **kwargs: None, lib=_library)
+    torch.library.register_fake(f"mas_fast::{_name}", _FAKES.get(_name, lambda *args, **kwargs: None), lib=_library)
 
 
 def _load() -> str | None:

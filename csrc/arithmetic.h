@@ -1,0 +1,140 @@
+// The arithmetic of the training step, entry by entry, for hosts and devices alike. What it means: reference_steps.py.
+//
+// Nothing of the standard library with a body may be used here: CPU files compile this for several instruction sets.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MAS_FAST_BOTH __host__ __device__ __forceinline__
+#else
+#define MAS_FAST_BOTH inline __attribute__((always_inline))
+#endif
+
+namespace mas_fast {
+
+// How numbers are kept in memory; arithmetic is in float, or in double for a parameter with a double.
+enum class Storage : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kCode };
+
+// Entries of an encoded Ω that share a scale.
+constexpr int64_t kCodeBlock = 128;
+
+// Conversions between numbers and bits, without branches, so that compilers can vectorise them.
+
+template <class To, class From>
+MAS_FAST_BOTH To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+MAS_FAST_BOTH float from_bfloat16(uint16_t bits) { return bits_of<float>(uint32_t(bits) << 16); }
+
+// To the nearest, ties to even; nan stays nan.
+MAS_FAST_BOTH uint16_t to_bfloat16(float value) {
+  const uint32_t bits = bits_of<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return uint16_t(value != value ? 0x7fc0u : rounded);
+}
+
+MAS_FAST_BOTH float from_float16(uint16_t bits) {
+  // The exponent is moved by a multiplication, which gets denormals right as well; inf and nan keep a full exponent.
+  const float magnitude = bits_of<float>(uint32_t(bits & 0x7fff) << 13) * 0x1p112f;
+  const uint32_t full = (bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+  return bits_of<float>(bits_of<uint32_t>(magnitude) | full | uint32_t(bits & 0x8000) << 16);
+}
+
+// To the nearest, ties to even; nan stays nan, and what is too large becomes inf.
+MAS_FAST_BOTH uint16_t to_float16(float value) {
+  const uint32_t bits = bits_of<uint32_t>(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const float magnitude = bits_of<float>(bits & 0x7fffffffu);
+  // Adding a power of two whose last bit is the last bit of the result makes the addition round there.
+  const uint32_t exponent = bits & 0x7f800000u;
+  const uint32_t least = exponent < 0x38800000u ? 0x38800000u : exponent;  // 2^-14, the smallest normal number
+  const float shift = bits_of<float>(least + (13u << 23));
+  const float rounded = (magnitude + shift) - shift;
+  // Now exact in half precision: a normal number, or a denormal one, which is a count of 2^-24.
+  const uint32_t normal = (bits_of<uint32_t>(rounded) >> 13) - (112u << 10);
+  const uint32_t denormal = uint32_t(int32_t((magnitude < 1.0f ? rounded : 0.0f) * 0x1p24f));
+  uint32_t half = rounded < 0x1p-14f ? denormal : normal;
+  half = magnitude >= 65520.0f ? 0x7c00u : half;
+  half = value != value ? 0x7e00u : half;
+  return uint16_t(sign | half);
+}
+
+// Ω in 8 bits: s (c / 255)².
+MAS_FAST_BOTH float from_code(uint8_t code, float scale) {
+  const float root = float(code) * (1.0f / 255.0f);  // exactly 1 for 255
+  return root * root * scale;
+}
+
+// λ Ω (θ − θ*): half of the penalty's gradient; times θ − θ* it is the penalty itself.
+template <class T>
+MAS_FAST_BOTH T pull(T lam, T omega, T difference) {
+  return lam * omega * difference;
+}
+
+// (θ + cθ*) / (1 + c) with c = 2ηλΩ, in a form that keeps θ* itself.
+template <class T>
+MAS_FAST_BOTH T proximal(T theta, T anchor, T twice_rate, T omega) {
+  return anchor + (theta - anchor) / (T(1) + twice_rate * omega);
+}
+
+// What a parameter is held by, and how: entries without Ω have lam = 0, omega = 0 and anchor = θ.
+template <class T>
+struct Hold {
+  T omega, anchor;
+};
+
+template <class T>
+struct Sgd {
+  T lr, momentum, dampening, weight_decay, sign;  // sign: −1 to maximise
+  bool nesterov, first, implicit;
+
+  // One entry; `buffer` is read and written where there is momentum.
+  MAS_FAST_BOTH T step(T theta, T grad, T& buffer, Hold<T> hold, T lam) const {
+    T g = sign * grad;
+    if (!implicit) g += T(2) * pull(lam, hold.omega, theta - hold.anchor);
+    g += weight_decay * theta;
+    if (momentum != T(0)) {
+      buffer = first ? g : momentum * buffer + (T(1) - dampening) * g;
+      g = nesterov ? g + momentum * buffer : buffer;
+    }
+    const T next = theta - lr * g;
+    return implicit ? proximal(next, hold.anchor, T(2) * lr * lam, hold.omega) : next;
+  }
+};
+
+// Of one parameter: its bias corrections depend on its number of steps.
+template <class T>
+struct AdamW {
+  T keep;  // 1 − η·weight_decay
+  T beta2, one_minus_beta1, one_minus_beta2, eps, sign;
+  T rate;             // η / (1 − β1^t)
+  T root_correction;  // 1 / √(1 − β2^t)
+  T twice_lr;         // 2η
+  bool amsgrad, implicit;
+
+  MAS_FAST_BOTH T step(T theta, T grad, T& mean, T& square, T& largest, Hold<T> hold, T lam) const {
+    T g = sign * grad;
+    if (!implicit) g += T(2) * pull(lam, hold.omega, theta - hold.anchor);
+    mean += one_minus_beta1 * (g - mean);
+    square = beta2 * square + one_minus_beta2 * g * g;
+    T second = square;
+    if (amsgrad) {
+      largest = largest > square || largest != largest ? largest : square;
+      second = largest;
+    }
+    const T next = keep * theta - rate * (mean / (root(second) * root_correction + eps));
+    return implicit ? proximal(next, hold.anchor, twice_lr * lam, hold.omega) : next;
+  }
+
+  static MAS_FAST_BOTH T root(T value) {
+    if constexpr (sizeof(T) == sizeof(double)) return T(__builtin_sqrt(double(value)));
+    return T(__builtin_sqrtf(float(value)));
+  }
+};
+
+}  // namespace mas_fast

@@ -1,0 +1,177 @@
+// How the ops of the training step see lists of tensors: one row per parameter, cut into chunks for the threads.
+//
+// Every byte of every tensor is touched once. The sum over a chunk is kept by chunk and added up in their order, so the
+// result does not depend on the number of threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/data.h"
+
+namespace mas_fast::cpu {
+
+using Tensors = std::vector<Tensor>;
+
+// Entries of a chunk: enough to be worth a task, few enough to share out a single tensor.
+constexpr int64_t kChunk = 16 * kStepBlock;
+
+inline Storage storage_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::kFloat32;
+    case ScalarType::Double:
+      return Storage::kFloat64;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    case ScalarType::Half:
+      return Storage::kFloat16;
+    case ScalarType::Byte:
+      return Storage::kCode;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16, or uint8 for codes of omega");
+  }
+}
+
+inline int64_t bytes_of(Storage storage) {
+  switch (storage) {
+    case Storage::kFloat64:
+      return 8;
+    case Storage::kFloat32:
+      return 4;
+    case Storage::kCode:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+// The memory of one tensor; null for one that is not there.
+struct Operand {
+  Operand() = default;
+  Operand(const char* name, const Tensor& tensor, int64_t count) : storage(storage_of(name, tensor)) {
+    STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+    STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+    STD_TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " entries, got ", tensor.numel());
+    data = static_cast<char*>(tensor.mutable_data_ptr());
+  }
+  explicit operator bool() const { return data; }
+  bool is_double() const { return data && storage == Storage::kFloat64; }
+  char* at(int64_t entry) const { return data ? data + entry * bytes_of(storage) : nullptr; }
+
+  Storage storage = Storage::kFloat32;
+  char* data = nullptr;
+};
+
+// Entries of an operand as T, decoded if memory keeps them otherwise.
+template <class T>
+struct Loaded {
+  Loaded(const Operand& operand, int64_t first, int64_t count, const float* scales = nullptr)
+      : operand_(operand), first_(first) {
+    if (operand) {
+      values = step_kernels_for<T>().decode(operand.storage, operand.at(first), count,
+                                            scales ? scales + first / kCodeBlock : nullptr, buffer_);
+    }
+  }
+  // Where to write entries that `store` brings to memory.
+  T* target() {
+    const bool own = operand_.storage == (sizeof(T) == 8 ? Storage::kFloat64 : Storage::kFloat32);
+    return !operand_ ? nullptr : own ? reinterpret_cast<T*>(operand_.at(first_)) : buffer_;
+  }
+  void store(int64_t count) {
+    if (operand_) step_kernels_for<T>().encode(operand_.storage, target(), count, operand_.at(first_));
+  }
+
+  const T* values = nullptr;
+
+ private:
+  const Operand& operand_;
+  int64_t first_;
+  T buffer_[kStepBlock];
+};
+
+// A parameter and what holds it; the op's own operands are beside it.
+struct Row {
+  Row(const Tensors& thetas, const Tensors& omegas, const Tensors& scales, const Tensors& anchors,
+      const std::vector<double>& lams, size_t i)
+      : count(thetas[i].numel()), theta("theta", thetas[i], count), lam(lams[i]) {
+    STD_TORCH_CHECK(theta.storage != Storage::kCode, "theta must be floating-point");
+    if (omegas[i].numel() == 0) return;
+    omega = Operand("omega", omegas[i], count);
+    anchor = Operand("anchor", anchors[i], count);
+    STD_TORCH_CHECK(anchor.storage != Storage::kCode, "anchor must be floating-point");
+    if (omega.storage == Storage::kCode) {
+      const int64_t blocks = ceil_div(count, kCodeBlock);
+      STD_TORCH_CHECK(scales[i].is_cpu() && scales[i].is_contiguous() && scales[i].numel() == blocks &&
+                          scales[i].scalar_type() == ScalarType::Float,
+                      "scales must be float32 on the CPU, contiguous, one for each ", kCodeBlock, " codes");
+      this->scales = static_cast<const float*>(scales[i].const_data_ptr());
+    }
+  }
+  bool is_double() const { return theta.is_double() || omega.is_double() || anchor.is_double(); }
+
+  int64_t count;
+  Operand theta, omega, anchor;
+  const float* scales = nullptr;
+  double lam;
+};
+
+inline void check_lists(std::initializer_list<size_t> sizes) {
+  for (const size_t size : sizes) {
+    STD_TORCH_CHECK(size == *sizes.begin(), "lists must have an entry for each parameter, got ", size, " and ",
+                    *sizes.begin());
+  }
+}
+
+// Runs f(row, first, count) -> StepSum on all blocks of all rows; returns float64 [rows, 2], the sums by row.
+template <class Rows, class F>
+Tensor run_steps(const Rows& rows, const Tensor& like, const F& f) {
+  struct Chunk {
+    size_t row;
+    int64_t first, count;
+  };
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> ends;  // of the work up to and with each chunk
+  // A tensor costs some time by itself, as much as so many entries.
+  constexpr int64_t kOverhead = 256;
+  int64_t work = 0;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    const int64_t count = rows[r].count;
+    for (int64_t first = 0; first < count; first += kChunk) {
+      chunks.push_back({r, first, std::min(kChunk, count - first)});
+      ends.push_back(work += chunks.back().count + kOverhead);
+    }
+  }
+  std::vector<StepSum> sums(chunks.size());
+  // Equal shares of the work; less than 32 Ki entries are not worth waking a thread.
+  const int64_t shares = work < 2 * 32768 ? 1 : int64_t(torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    const auto chunk_at = [&](int64_t share) {
+      return std::upper_bound(ends.begin(), ends.end(), work * share / shares) - ends.begin();
+    };
+    const size_t last = end == shares ? chunks.size() : size_t(chunk_at(end));
+    for (size_t c = size_t(chunk_at(begin)); c < last; ++c) {
+      const Chunk& chunk = chunks[c];
+      for (int64_t done = 0; done < chunk.count; done += kStepBlock) {
+        const StepSum sum = f(rows[chunk.row], chunk.first + done, std::min(kStepBlock, chunk.count - done));
+        sums[c].value += sum.value;
+        sums[c].lost += sum.lost;
+      }
+    }
+  });
+  Tensor result = torch::stable::new_empty(like, {int64_t(rows.size()), 2}, ScalarType::Double);
+  double* const values = static_cast<double*>(result.mutable_data_ptr());
+  std::fill(values, values + 2 * rows.size(), 0.0);
+  for (size_t c = 0; c < chunks.size(); ++c) {
+    values[2 * chunks[c].row] += sums[c].value;
+    values[2 * chunks[c].row + 1] += double(sums[c].lost);
+  }
+  return result;
+}
+
+}  // namespace mas_fast::cpu

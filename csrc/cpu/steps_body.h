@@ -1,0 +1,186 @@
+// The inner loops of the training step, on runs of entries that fit the first-level cache. Included like
+// kernels_body.h, and after it.
+//
+// All loops are plain ones over arrays, which compilers turn into vectors: the arithmetic itself is arithmetic.h's,
+// which the CUDA kernels call too.
+#pragma once
+
+#include "arithmetic.h"
+#include "cpu/kernels_body.h"
+
+#ifdef __clang__
+#define MAS_FAST_VECTORISE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define MAS_FAST_VECTORISE _Pragma("GCC ivdep")
+#endif
+
+namespace mas_fast::cpu {
+namespace {
+
+template <class T>
+const T* decode(Storage storage, const void* from, int64_t count, const float* scales, T* buffer) {
+  if (storage == (sizeof(T) == 8 ? Storage::kFloat64 : Storage::kFloat32)) return static_cast<const T*>(from);
+  if (storage == Storage::kFloat32) {
+    const float* source = static_cast<const float*>(from);
+    MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) buffer[i] = T(source[i]);
+  } else if (storage == Storage::kBFloat16) {
+    const uint16_t* source = static_cast<const uint16_t*>(from);
+    MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) buffer[i] = T(from_bfloat16(source[i]));
+  } else if (storage == Storage::kFloat16) {
+    const uint16_t* source = static_cast<const uint16_t*>(from);
+    MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) buffer[i] = T(from_float16(source[i]));
+  } else {
+    const uint8_t* source = static_cast<const uint8_t*>(from);
+    for (int64_t begin = 0; begin < count; begin += kCodeBlock) {
+      const int64_t end = begin + kCodeBlock < count ? begin + kCodeBlock : count;
+      const float scale = scales[begin / kCodeBlock];
+      MAS_FAST_VECTORISE for (int64_t i = begin; i < end; ++i) buffer[i] = T(from_code(source[i], scale));
+    }
+  }
+  return buffer;
+}
+
+template <class T>
+void encode(Storage storage, const T* from, int64_t count, void* to) {
+  if (static_cast<const void*>(from) == to) return;
+  if (storage == Storage::kFloat64) {
+    double* target = static_cast<double*>(to);
+    MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) target[i] = double(from[i]);
+  } else if (storage == Storage::kFloat32) {
+    float* target = static_cast<float*>(to);
+    MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) target[i] = float(from[i]);
+  } else if (storage == Storage::kBFloat16) {
+    uint16_t* target = static_cast<uint16_t*>(to);
+    MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) target[i] = to_bfloat16(float(from[i]));
+  } else {
+    uint16_t* target = static_cast<uint16_t*>(to);
+    MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) target[i] = to_float16(float(from[i]));
+  }
+}
+
+// In the order of the entries' lanes, which depends on nothing but the instruction set.
+template <class T>
+double sum(const T* values, int64_t count) {
+  constexpr int64_t W = kWidth<T>;
+  Vector<T> lanes{};
+  int64_t i = 0;
+  for (; i + W <= count; i += W) lanes += load<T>(values + i);
+  double total = 0;
+  for (int64_t l = 0; l < W; ++l) total += double(lanes[l]);
+  for (; i < count; ++i) total += double(values[i]);
+  return total;
+}
+
+template <class T>
+StepSum penalty(T lam, T twice_factor, const T* theta, const T* omega, const T* anchor, int64_t count, T limit,
+                const T* before, T* grad) {
+  T values[kStepBlock];
+  if (!grad) {
+    MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) {
+      const T difference = theta[i] - anchor[i];
+      values[i] = pull(lam, omega[i], difference) * difference;
+    }
+    return {sum(values, count), 0};
+  }
+  int32_t lost = 0;
+  MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) {
+    const T difference = theta[i] - anchor[i];
+    const T pulled = pull(lam, omega[i], difference);
+    const T was = before ? before[i] : T(0);
+    const T now = was + twice_factor * pulled;
+    values[i] = pulled * difference;
+    // Finite numbers minus themselves are 0.
+    lost += int32_t(was - was == T(0)) & int32_t(!((now < T(0) ? -now : now) < limit));
+    grad[i] = now;
+  }
+  return {sum(values, count), lost};
+}
+
+// Turns run-time flags into template arguments: loops that branch on them would not become vectors.
+template <class F>
+inline void with_flag(bool flag, F f) {
+  if (flag) return f.template operator()<true>();
+  f.template operator()<false>();
+}
+
+// Where nothing holds a parameter, θ stands in for θ*, and Ω is 0.
+template <class T>
+double sgd(const Sgd<T>& rule, T lam, const T* theta, const T* grad, const T* omega, const T* anchor, int64_t count,
+           T* buffer, T* next) {
+  T values[kStepBlock];
+  const auto run = [&]<bool HELD, bool IMPLICIT, bool MOMENTUM, bool NESTEROV, bool FIRST>() {
+    Sgd<T> own = rule;
+    own.implicit = IMPLICIT;
+    own.nesterov = NESTEROV;
+    own.first = FIRST;
+    if constexpr (!MOMENTUM) own.momentum = T(0);
+    MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) {
+      T kept = T(0);
+      if constexpr (MOMENTUM && !FIRST) kept = buffer[i];
+      const T old = theta[i];
+      Hold<T> hold{T(0), old};
+      if constexpr (HELD) {
+        hold = {omega[i], anchor[i]};
+        values[i] = pull(lam, omega[i], old - anchor[i]) * (old - anchor[i]);
+      }
+      next[i] = own.step(old, grad[i], kept, hold, lam);
+      if constexpr (MOMENTUM) buffer[i] = kept;
+    }
+  };
+  with_flag(omega, [&]<bool HELD>() {
+    with_flag(omega && rule.implicit, [&]<bool IMPLICIT>() {
+      if constexpr (IMPLICIT && !HELD) return;
+      if (!buffer) return run.template operator()<HELD, IMPLICIT, false, false, false>();
+      with_flag(rule.nesterov, [&]<bool NESTEROV>() {
+        with_flag(rule.first, [&]<bool FIRST>() { run.template operator()<HELD, IMPLICIT, true, NESTEROV, FIRST>(); });
+      });
+    });
+  });
+  return omega ? sum(values, count) : 0.0;
+}
+
+template <class T>
+double adamw(const AdamW<T>& rule, T lam, const T* theta, const T* grad, const T* omega, const T* anchor, int64_t count,
+             T* mean, T* square, T* largest, T* next) {
+  T values[kStepBlock];
+  with_flag(omega, [&]<bool HELD>() {
+    with_flag(omega && rule.implicit, [&]<bool IMPLICIT>() {
+      if constexpr (IMPLICIT && !HELD) return;
+      with_flag(largest, [&]<bool AMSGRAD>() {
+        AdamW<T> own = rule;
+        own.implicit = IMPLICIT;
+        own.amsgrad = AMSGRAD;
+        MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) {
+          const T old = theta[i];
+          T m = mean[i], v = square[i], l = T(0);
+          if constexpr (AMSGRAD) l = largest[i];
+          Hold<T> hold{T(0), old};
+          if constexpr (HELD) {
+            hold = {omega[i], anchor[i]};
+            values[i] = pull(lam, omega[i], old - anchor[i]) * (old - anchor[i]);
+          }
+          next[i] = own.step(old, grad[i], m, v, l, hold, lam);
+          mean[i] = m;
+          square[i] = v;
+          if constexpr (AMSGRAD) largest[i] = l;
+        }
+      });
+    });
+  });
+  return omega ? sum(values, count) : 0.0;
+}
+
+template <class T>
+constexpr StepKernels<T> step_kernels_of() {
+  return {decode<T>, encode<T>, penalty<T>, sgd<T>, adamw<T>};
+}
+
+// MR × NV accumulators, NV columns and a broadcast must fit the registers: 16 of them, or 32 with AVX-512.
+constexpr KernelTable make_table(const char* name) {
+  constexpr int MR = MAS_FAST_VECTOR_BYTES == 64 ? 8 : 6;
+  return {name, kernels_of<float, MR, 2>(), kernels_of<double, MR, 2>(), step_kernels_of<float>(),
+          step_kernels_of<double>()};
+}
+
+}  // namespace
+}  // namespace mas_fast::cpu
