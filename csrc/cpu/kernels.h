@@ -76,6 +76,18 @@ struct StepSum {
   int64_t lost;  // entries of the gradient that were finite before and are not now
 };
 
+// Ω and θ* of a block: nothing, numbers, or codes with bfloat16, the common small state, which is decoded on the way.
+enum class Kept { kNothing, kNumbers, kCodes };
+
+template <class T>
+struct Holds {
+  Kept kept = Kept::kNothing;
+  const T *omega = nullptr, *anchor = nullptr;
+  const uint8_t* codes = nullptr;
+  const float* scales = nullptr;
+  const uint16_t* anchor_bits = nullptr;
+};
+
 // At most kStepBlock entries at a time. Where memory keeps T itself, arrays are the memory; elsewhere buffers of T.
 template <class T>
 struct StepKernels {
@@ -86,15 +98,15 @@ struct StepKernels {
   void (*encode)(Storage storage, const T* from, int64_t count, void* to);
 
   // grad[i] = before[i] + twice_factor λ Ω (θ − θ*); without `before` it starts from 0, without `grad` only the value
-  // is wanted. What reaches `limit` will be inf in memory.
-  StepSum (*penalty)(T lam, T twice_factor, const T* theta, const T* omega, const T* anchor, int64_t count, T limit,
+  // is wanted. What reaches `limit` will be inf in memory. Something must hold the entries.
+  StepSum (*penalty)(T lam, T twice_factor, const T* theta, const Holds<T>& holds, int64_t count, T limit,
                      const T* before, T* grad);
 
-  // Steps, returning the penalty before; next may be theta. Without omega nothing holds the entries.
-  double (*sgd)(const Sgd<T>& rule, T lam, const T* theta, const T* grad, const T* omega, const T* anchor,
-                int64_t count, T* buffer, T* next);
-  double (*adamw)(const AdamW<T>& rule, T lam, const T* theta, const T* grad, const T* omega, const T* anchor,
-                  int64_t count, T* mean, T* square, T* largest, T* next);
+  // Steps, returning the penalty before; next may be theta.
+  double (*sgd)(const Sgd<T>& rule, T lam, const T* theta, const T* grad, const Holds<T>& holds, int64_t count,
+                T* buffer, T* next);
+  double (*adamw)(const AdamW<T>& rule, T lam, const T* theta, const T* grad, const Holds<T>& holds, int64_t count,
+                  T* mean, T* square, T* largest, T* next);
 };
 
 struct KernelTable {

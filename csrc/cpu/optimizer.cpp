@@ -42,15 +42,15 @@ std::vector<OptimizerRow> rows_of(const Tensors& thetas, const Tensors& grads,
   return rows;
 }
 
-// One block: f(θ, gradient, Ω, θ*, state arrays, where θ goes) -> value.
+// One block: f(θ, gradient, Ω and θ*, state arrays, where θ goes) -> value.
 template <class T, class F>
 StepSum with_block(const OptimizerRow& row, int64_t first, int64_t count, const F& f) {
   Loaded<T> theta(row.theta, first, count);
-  const Loaded<T> grad(row.grad, first, count), omega(row.omega, first, count, row.scales);
-  const Loaded<T> anchor(row.anchor, first, count);
+  const Loaded<T> grad(row.grad, first, count);
+  const HeldBlock<T> held(row, first, count);
   Loaded<T> state[3] = {{row.state[0], first, count}, {row.state[1], first, count}, {row.state[2], first, count}};
   T* const targets[3] = {state[0].target(), state[1].target(), state[2].target()};
-  const double value = f(theta.values, grad.values, omega.values, anchor.values, targets, theta.target());
+  const double value = f(theta.values, grad.values, held.holds, targets, theta.target());
   theta.store(count);
   for (Loaded<T>& kept : state) kept.store(count);
   return {value, 0};
@@ -65,12 +65,11 @@ Tensor sgd_step_(Tensors thetas, const Tensors grads, Tensors momenta, const Ten
     const auto step = [&]<class T>() {
       const Sgd<T> rule{T(lr),    T(momentum), T(dampening), T(weight_decay), T(maximize ? -1 : 1),
                         nesterov, first_step,  implicit};
-      return with_block<T>(
-          row, first, count,
-          [&](const T* theta, const T* grad, const T* omega, const T* anchor, T* const* state, T* next) {
-            return step_kernels_for<T>().sgd(rule, T(row.lam), theta, grad, omega, anchor, count,
-                                             momentum == 0 ? nullptr : state[0], next);
-          });
+      return with_block<T>(row, first, count,
+                           [&](const T* theta, const T* grad, const Holds<T>& holds, T* const* state, T* next) {
+                             return step_kernels_for<T>().sgd(rule, T(row.lam), theta, grad, holds, count,
+                                                              momentum == 0 ? nullptr : state[0], next);
+                           });
     };
     return row.wide ? step.template operator()<double>() : step.template operator()<float>();
   });
@@ -93,12 +92,11 @@ Tensor adamw_step_(Tensors thetas, const Tensors grads, Tensors exp_avgs, Tensor
       const AdamW<T> rule{
           T(1 - lr * weight_decay), T(beta2),  T(1 - beta1), T(1 - beta2), T(eps), T(maximize ? -1 : 1), T(row.rate),
           T(row.root_correction),   T(2 * lr), amsgrad,      implicit};
-      return with_block<T>(
-          row, first, count,
-          [&](const T* theta, const T* grad, const T* omega, const T* anchor, T* const* state, T* next) {
-            return step_kernels_for<T>().adamw(rule, T(row.lam), theta, grad, omega, anchor, count, state[0], state[1],
-                                               amsgrad ? state[2] : nullptr, next);
-          });
+      return with_block<T>(row, first, count,
+                           [&](const T* theta, const T* grad, const Holds<T>& holds, T* const* state, T* next) {
+                             return step_kernels_for<T>().adamw(rule, T(row.lam), theta, grad, holds, count, state[0],
+                                                                state[1], amsgrad ? state[2] : nullptr, next);
+                           });
     };
     return row.wide ? step.template operator()<double>() : step.template operator()<float>();
   });

@@ -35,13 +35,12 @@ StepSum step(const PenaltyRow& row, int64_t first, int64_t count, bool add) {
     if (row.grad && !add) std::memset(row.grad.at(first), 0, size_t(count * bytes_of(row.grad.storage)));
     return {0, 0};
   }
-  const Loaded<T> theta(row.theta, first, count), omega(row.omega, first, count, row.scales);
-  const Loaded<T> anchor(row.anchor, first, count);
+  const Loaded<T> theta(row.theta, first, count);
+  const HeldBlock<T> held(row, first, count);
   Loaded<T> grad(row.grad, first, add ? count : 0);
   T* const result = grad.target();
-  const StepSum sum =
-      step_kernels_for<T>().penalty(T(row.lam), T(2 * row.factor), theta.values, omega.values, anchor.values, count,
-                                    limit_of<T>(row.grad.storage), add ? result : nullptr, result);
+  const StepSum sum = step_kernels_for<T>().penalty(T(row.lam), T(2 * row.factor), theta.values, held.holds, count,
+                                                    limit_of<T>(row.grad.storage), add ? result : nullptr, result);
   grad.store(count);
   return sum;
 }

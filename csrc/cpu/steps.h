@@ -121,6 +121,34 @@ struct Row {
   double lam;
 };
 
+// Ω and θ* of a block of a row.
+template <class T>
+struct HeldBlock {
+  HeldBlock(const Row& row, int64_t first, int64_t count)
+      : omega(is_small(row) ? kNone : row.omega, first, count, row.scales),
+        anchor(is_small(row) ? kNone : row.anchor, first, count) {
+    if (is_small(row)) {
+      holds.kept = Kept::kCodes;
+      holds.codes = reinterpret_cast<const uint8_t*>(row.omega.at(first));
+      holds.scales = row.scales + first / kCodeBlock;
+      holds.anchor_bits = reinterpret_cast<const uint16_t*>(row.anchor.at(first));
+    } else if (row.omega) {
+      holds.kept = Kept::kNumbers;
+      holds.omega = omega.values;
+      holds.anchor = anchor.values;
+    }
+  }
+  static bool is_small(const Row& row) {
+    return row.omega && row.omega.storage == Storage::kCode && row.anchor.storage == Storage::kBFloat16;
+  }
+
+  Loaded<T> omega, anchor;
+  Holds<T> holds;
+
+ private:
+  static inline const Operand kNone;
+};
+
 inline void check_lists(std::initializer_list<size_t> sizes) {
   for (const size_t size : sizes) {
     STD_TORCH_CHECK(size == *sizes.begin(), "lists must have an entry for each parameter, got ", size, " and ",

@@ -71,103 +71,136 @@ double sum(const T* values, int64_t count) {
   return total;
 }
 
-template <class T>
-StepSum penalty(T lam, T twice_factor, const T* theta, const T* omega, const T* anchor, int64_t count, T limit,
-                const T* before, T* grad) {
-  T values[kStepBlock];
-  if (!grad) {
-    MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) {
-      const T difference = theta[i] - anchor[i];
-      values[i] = pull(lam, omega[i], difference) * difference;
-    }
-    return {sum(values, count), 0};
-  }
-  int32_t lost = 0;
-  MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) {
-    const T difference = theta[i] - anchor[i];
-    const T pulled = pull(lam, omega[i], difference);
-    const T was = before ? before[i] : T(0);
-    const T now = was + twice_factor * pulled;
-    values[i] = pulled * difference;
-    // Finite numbers minus themselves are 0.
-    lost += int32_t(was - was == T(0)) & int32_t(!((now < T(0) ? -now : now) < limit));
-    grad[i] = now;
-  }
-  return {sum(values, count), lost};
-}
-
-// Turns run-time flags into template arguments: loops that branch on them would not become vectors.
+// Turns run-time choices into template arguments: loops that branch on them would not become vectors.
 template <class F>
 inline void with_flag(bool flag, F f) {
   if (flag) return f.template operator()<true>();
   f.template operator()<false>();
 }
+template <class T, class F>
+inline void with_kept(const Holds<T>& holds, F f) {
+  if (holds.kept == Kept::kCodes) return f.template operator()<Kept::kCodes>();
+  if (holds.kept == Kept::kNumbers) return f.template operator()<Kept::kNumbers>();
+  f.template operator()<Kept::kNothing>();
+}
 
-// Where nothing holds a parameter, θ stands in for θ*, and Ω is 0.
+// Calls f(i, Ω and θ* of entry i) for all entries. Codes are decoded on the way, in registers.
+template <Kept KEPT, class T, class F>
+inline void for_entries(const Holds<T>& holds, int64_t count, F f) {
+  const Holds<T> own = holds;
+  if constexpr (KEPT == Kept::kCodes) {
+    for (int64_t begin = 0; begin < count; begin += kCodeBlock) {
+      const int64_t end = begin + kCodeBlock < count ? begin + kCodeBlock : count;
+      const float scale = own.scales[begin / kCodeBlock];
+      MAS_FAST_VECTORISE for (int64_t i = begin; i < end; ++i) {
+        f(i, Hold<T>{T(from_code(own.codes[i], scale)), T(from_bfloat16(own.anchor_bits[i]))});
+      }
+    }
+  } else if constexpr (KEPT == Kept::kNumbers) {
+    MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) f(i, Hold<T>{own.omega[i], own.anchor[i]});
+  } else {
+    MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) f(i, Hold<T>{T(0), T(0)});
+  }
+}
+
 template <class T>
-double sgd(const Sgd<T>& rule, T lam, const T* theta, const T* grad, const T* omega, const T* anchor, int64_t count,
-           T* buffer, T* next) {
+StepSum penalty(T lam, T twice_factor, const T* theta, const Holds<T>& holds, int64_t count, T limit, const T* before,
+                T* grad) {
   T values[kStepBlock];
-  const auto run = [&]<bool HELD, bool IMPLICIT, bool MOMENTUM, bool NESTEROV, bool FIRST>() {
+  int32_t lost = 0;
+  with_kept(holds, [&]<Kept KEPT>() {
+    if (!grad) {
+      return for_entries<KEPT>(holds, count, [&](int64_t i, Hold<T> hold) {
+        const T difference = theta[i] - hold.anchor;
+        values[i] = pull(lam, hold.omega, difference) * difference;
+      });
+    }
+    with_flag(before, [&]<bool ADD>() {
+      int32_t own = 0;
+      for_entries<KEPT>(holds, count, [&](int64_t i, Hold<T> hold) {
+        const T difference = theta[i] - hold.anchor;
+        const T pulled = pull(lam, hold.omega, difference);
+        T was = T(0);
+        if constexpr (ADD) was = before[i];
+        const T now = was + twice_factor * pulled;
+        values[i] = pulled * difference;
+        // Finite numbers minus themselves are 0.
+        own += int32_t(was - was == T(0)) & int32_t(!((now < T(0) ? -now : now) < limit));
+        grad[i] = now;
+      });
+      lost = own;
+    });
+  });
+  return {sum(values, count), lost};
+}
+
+// Where nothing holds a parameter, θ stands in for θ*.
+template <class T>
+double sgd(const Sgd<T>& rule, T lam, const T* theta, const T* grad, const Holds<T>& holds, int64_t count, T* buffer,
+           T* next) {
+  T values[kStepBlock];
+  const auto run = [&]<Kept KEPT, bool IMPLICIT, bool MOMENTUM, bool NESTEROV, bool FIRST>() {
+    constexpr bool HELD = KEPT != Kept::kNothing;
     Sgd<T> own = rule;
     own.implicit = IMPLICIT;
     own.nesterov = NESTEROV;
     own.first = FIRST;
     if constexpr (!MOMENTUM) own.momentum = T(0);
-    MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) {
+    for_entries<KEPT>(holds, count, [&](int64_t i, Hold<T> hold) {
+      const T old = theta[i];
+      if constexpr (HELD) {
+        values[i] = pull(lam, hold.omega, old - hold.anchor) * (old - hold.anchor);
+      } else {
+        hold.anchor = old;
+      }
       T kept = T(0);
       if constexpr (MOMENTUM && !FIRST) kept = buffer[i];
-      const T old = theta[i];
-      Hold<T> hold{T(0), old};
-      if constexpr (HELD) {
-        hold = {omega[i], anchor[i]};
-        values[i] = pull(lam, omega[i], old - anchor[i]) * (old - anchor[i]);
-      }
       next[i] = own.step(old, grad[i], kept, hold, lam);
       if constexpr (MOMENTUM) buffer[i] = kept;
-    }
+    });
   };
-  with_flag(omega, [&]<bool HELD>() {
-    with_flag(omega && rule.implicit, [&]<bool IMPLICIT>() {
-      if constexpr (IMPLICIT && !HELD) return;
-      if (!buffer) return run.template operator()<HELD, IMPLICIT, false, false, false>();
+  with_kept(holds, [&]<Kept KEPT>() {
+    with_flag(KEPT != Kept::kNothing && rule.implicit, [&]<bool IMPLICIT>() {
+      if constexpr (IMPLICIT && KEPT == Kept::kNothing) return;
+      if (!buffer) return run.template operator()<KEPT, IMPLICIT, false, false, false>();
       with_flag(rule.nesterov, [&]<bool NESTEROV>() {
-        with_flag(rule.first, [&]<bool FIRST>() { run.template operator()<HELD, IMPLICIT, true, NESTEROV, FIRST>(); });
+        with_flag(rule.first, [&]<bool FIRST>() { run.template operator()<KEPT, IMPLICIT, true, NESTEROV, FIRST>(); });
       });
     });
   });
-  return omega ? sum(values, count) : 0.0;
+  return holds.kept == Kept::kNothing ? 0.0 : sum(values, count);
 }
 
 template <class T>
-double adamw(const AdamW<T>& rule, T lam, const T* theta, const T* grad, const T* omega, const T* anchor, int64_t count,
-             T* mean, T* square, T* largest, T* next) {
+double adamw(const AdamW<T>& rule, T lam, const T* theta, const T* grad, const Holds<T>& holds, int64_t count, T* mean,
+             T* square, T* largest, T* next) {
   T values[kStepBlock];
-  with_flag(omega, [&]<bool HELD>() {
-    with_flag(omega && rule.implicit, [&]<bool IMPLICIT>() {
+  with_kept(holds, [&]<Kept KEPT>() {
+    constexpr bool HELD = KEPT != Kept::kNothing;
+    with_flag(HELD && rule.implicit, [&]<bool IMPLICIT>() {
       if constexpr (IMPLICIT && !HELD) return;
       with_flag(largest, [&]<bool AMSGRAD>() {
         AdamW<T> own = rule;
         own.implicit = IMPLICIT;
         own.amsgrad = AMSGRAD;
-        MAS_FAST_VECTORISE for (int64_t i = 0; i < count; ++i) {
+        for_entries<KEPT>(holds, count, [&](int64_t i, Hold<T> hold) {
           const T old = theta[i];
+          if constexpr (HELD) {
+            values[i] = pull(lam, hold.omega, old - hold.anchor) * (old - hold.anchor);
+          } else {
+            hold.anchor = old;
+          }
           T m = mean[i], v = square[i], l = T(0);
           if constexpr (AMSGRAD) l = largest[i];
-          Hold<T> hold{T(0), old};
-          if constexpr (HELD) {
-            hold = {omega[i], anchor[i]};
-            values[i] = pull(lam, omega[i], old - anchor[i]) * (old - anchor[i]);
-          }
           next[i] = own.step(old, grad[i], m, v, l, hold, lam);
           mean[i] = m;
           square[i] = v;
           if constexpr (AMSGRAD) largest[i] = l;
-        }
+        });
       });
     });
   });
-  return omega ? sum(values, count) : 0.0;
+  return holds.kept == Kept::kNothing ? 0.0 : sum(values, count);
 }
 
 template <class T>
