@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +26,15 @@ def one_of(argument: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def list_mismatches(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, where: str) -> list[str]:
+class Shaped(Protocol):
+    """What has a shape: a tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """The sizes of its axes."""
+
+
+def list_mismatches(found: Mapping[str, Shaped], expected: Mapping[str, Tensor], *, where: str) -> list[str]:
     """Return one line for each tensor of `found` that `expected` lacks or has in another shape.
 
     Args:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import fnmatch
 import json
 import math
 import numbers
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -18,24 +18,18 @@ from torch import Tensor, nn
 from mas_fast import storage
 from mas_fast.checks import bullets, list_mismatches, list_unusable
 from mas_fast.distributed import Ranks, trained_parameters
+from mas_fast.encoded import OMEGA_DTYPES, Decoded, Encoded, decode
 from mas_fast.importance import Importance
-from mas_fast.merge import check_merge, list_meaning_differences, merge_tensors
-from mas_fast.names import parameter_name
-from mas_fast.penalty import Term, add_penalty_grad_, penalty_value
-from mas_fast.sharding import local, placed_like, same_place
+from mas_fast.kernels.steps import Held
+from mas_fast.merge import check_merge
+from mas_fast.penalty import Plan
+from mas_fast.sharding import local, placed_like
+from mas_fast.state import Keeping, State, adapt, merge_into
 
 KIND = "mas_fast.mas"
 STATE_ENTRIES = ("lam", "merge", "alpha", "meaning", "num_samples", "omega", "anchor")
 
-
-@dataclasses.dataclass(frozen=True)
-class _State:
-    """All that consolidate changes, replaced as a whole so that a failure changes nothing. No tensor is written to."""
-
-    omega: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    anchor: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    num_samples: dict[str, int] = dataclasses.field(default_factory=dict)
-    meaning: dict[str, str] = dataclasses.field(default_factory=dict)
+Lam = float | Mapping[str, float]
 
 
 class MAS:
@@ -55,52 +49,88 @@ class MAS:
 
     Attributes:
         model: The model, possibly wrapped.
-        lam: λ, finite and at least 0; may be changed at any time.
+        lam: λ, finite and at least 0, or λ by pattern of parameter names; may be set anew at any time.
         merge: How a new Ω joins the old: "sum", "mean", "ema" or "max", as in `Importance.merge`.
         alpha: The weight of the new Ω in "ema".
     """
 
-    def __init__(self, model: nn.Module, lam: float = 1.0, merge: str = "sum", *, alpha: float = 0.5) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        lam: Lam = 1.0,
+        merge: str = "sum",
+        *,
+        alpha: float = 0.5,
+        omega_dtype: torch.dtype | None = None,
+        anchor_dtype: torch.dtype | None = None,
+    ) -> None:
         """Start without Ω: until `consolidate` the penalty is exactly 0.
 
         Args:
             model: The model to protect.
-            lam: λ.
+            lam: λ; or a mapping of patterns such as "encoder.*" to λ, of which the first that fits a name counts.
             merge: "sum" (the paper), "mean", "ema" or "max".
             alpha: The weight of the new Ω in "ema", from 0 to 1.
+            omega_dtype: What Ω is kept in: a floating dtype, or torch.uint8 for 8 bits a weight, of which the relative
+                error in L2 is below 0.5 % (zeros stay zeros). None keeps what the importance has.
+            anchor_dtype: What θ* is kept in, such as torch.bfloat16, which rounds it. None is the parameter's own.
 
         Raises:
             TypeError: `model` is no module or `lam` no number.
-            ValueError: `lam` is negative or not finite, or `merge` or `alpha` none of its values.
+            ValueError: `lam` is negative or not finite, or another argument is none of its values.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_merge(merge, alpha, argument="merge")
+        for argument, dtype, allowed in (
+            ("omega_dtype", omega_dtype, OMEGA_DTYPES),
+            ("anchor_dtype", anchor_dtype, OMEGA_DTYPES[:-1]),
+        ):
+            if dtype is not None and dtype not in allowed:
+                raise ValueError(f"{argument} must be one of {', '.join(map(str, allowed))}, got {dtype}")
         self.model = model
         self.lam = lam
         self.merge = merge
         self.alpha = alpha
-        self._state = _State()
+        self._keeping = Keeping(omega_dtype, anchor_dtype)
+        self._state = State()
+        self._plan: Plan | None = None
         self._warned = False
 
     @property
-    def lam(self) -> float:
-        """λ, the weight of the penalty."""
+    def lam(self) -> Lam:
+        """λ, the weight of the penalty, or λ by pattern."""
         return self._lam
 
     @lam.setter
-    def lam(self, value: float) -> None:
+    def lam(self, value: Lam) -> None:
         self._lam = _checked_lam(value)
+        self._lams: dict[str, float] = {}  # by name, made when it is needed
+
+    @property
+    def omega_dtype(self) -> torch.dtype | None:
+        """What Ω is kept in; None for what the importance has."""
+        return self._keeping.omega_dtype
+
+    @property
+    def anchor_dtype(self) -> torch.dtype | None:
+        """What θ* is kept in; None for the parameter's own."""
+        return self._keeping.anchor_dtype
 
     @property
     def omega(self) -> Mapping[str, Tensor]:
-        """Ω by parameter name; empty before `consolidate`. Not to be modified."""
-        return MappingProxyType(self._state.omega)
+        """Ω by parameter name, decoded if it is kept in 8 bits; empty before `consolidate`. Not to be modified."""
+        return Decoded(self._state.omega)
 
     @property
     def anchor(self) -> Mapping[str, Tensor]:
         """θ* by parameter name; empty before `consolidate`. Not to be modified."""
         return MappingProxyType(self._state.anchor)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that Ω and θ* take; of what is spread over ranks, on this rank."""
+        return self._state.num_bytes
 
     def __repr__(self) -> str:
         size, seen = len(self._state.omega), max(self._state.num_samples.values(), default=0)
@@ -136,11 +166,16 @@ class MAS:
             from mas_fast.estimate import estimate_importance
 
             importance = estimate_importance(self.model, data, **estimate_kwargs)
-        state = self._merged(importance)
-        holds = any(bool(local(omega).any()) for omega in state.omega.values())
-        if not any(Ranks.holding(state.omega.values()).gather(holds)):
+        parameters = trained_parameters(self.model)
+        state = merge_into(self._state, importance, self.model, parameters, self.merge, self.alpha, self._keeping)
+        self._lams_of(state)  # an error if λ leaves one out
+        kept = state.omega.values()
+        holds = any(bool((k.codes if isinstance(k, Encoded) else local(k)).any()) for k in kept)
+        if not any(Ranks.holding(state.anchor.values()).gather(holds)):
             warnings.warn("the importance is 0 for every parameter: the penalty holds nothing", stacklevel=2)
-        self._state = state
+        self._set_state(state)
+        # Now, so that torch.compile finds it.
+        self._current_plan()
         return importance
 
     def penalty(self) -> Tensor:
@@ -152,10 +187,19 @@ class MAS:
         Raises:
             ValueError: A parameter with an Ω is missing from the model or has another shape; all are listed.
         """
-        terms = self._terms()
-        if not terms:
+        plan = self._current_plan()
+        if plan is None or not plan.groups:
             return self._zero().requires_grad_(torch.is_grad_enabled())
-        return penalty_value(list(terms.values()), self.lam)
+        return plan.value()
+
+    def penalty_by_parameter(self) -> dict[str, float]:
+        """Return λ Σ_ij Ω_ij (θ_ij − θ*_ij)² of each parameter that requires grad, as numbers for logging.
+
+        Raises:
+            ValueError: As `penalty`.
+        """
+        plan = self._current_plan()
+        return {} if plan is None else plan.values()
 
     def add_penalty_grad_(self) -> Tensor:
         """Add the penalty's gradient 2λΩ(θ − θ*) to `.grad` of each parameter in place, and return the penalty's value.
@@ -170,33 +214,65 @@ class MAS:
         Raises:
             ValueError: A parameter with an Ω is missing from the model or has another shape, or a `.grad` is sparse;
                 all are listed, and no `.grad` is changed.
+            FloatingPointError: A gradient in float16 overflowed.
         """
-        terms = self._terms()
-        if not terms:
+        plan = self._current_plan()
+        if plan is None or not plan.groups:
             return self._zero()
-        grads = {name: term.theta.grad for name, term in terms.items()}
-        sparse = [name for name, grad in grads.items() if grad is not None and grad.layout != torch.strided]
+        grads = [(n, t.grad) for group in plan.groups for n, t in zip(group.names, group.thetas, strict=True)]
+        sparse = [name for name, grad in grads if grad is not None and grad.layout is not torch.strided]
         if sparse:
             raise ValueError(
                 f".grad must be dense to take a dense penalty, got sparse ones for {', '.join(map(repr, sparse))}: "
                 "build nn.Embedding with sparse=False, or leave it out of the importance"
             )
-        return add_penalty_grad_(list(terms.values()), self.lam)
+        return plan.add_grad()
+
+    def adapt(
+        self, *, rename: Mapping[str, str] | None = None, drop: Iterable[str] = (), grow: Iterable[str] = ()
+    ) -> None:
+        """Have Ω and θ* follow a model that has changed since `consolidate`.
+
+        A new parameter needs nothing of this: it has no Ω and is free. What follows is done all or not at all.
+
+        Args:
+            rename: Old name -> new name.
+            drop: Names whose Ω is forgotten, or patterns such as "head.*".
+            grow: Names, after renaming, or patterns, of parameters that are larger now: Ω and θ* stay with the leading
+                corner, the old rows and columns; the new entries have Ω = 0.
+
+        Raises:
+            ValueError: A name fits nothing, or Ω does not fit the model even so; all is listed.
+        """
+        parameters = trained_parameters(self.model)
+        state = adapt(self._state, parameters, self._keeping, rename or {}, list(drop), list(grow))
+        self._lams_of(state)
+        self._set_state(state.placed(parameters))
 
     def state_dict(self) -> dict[str, Any]:
         """Return λ, merge, alpha, the meaning of Ω, the samples per parameter, Ω and θ* as nested plain dicts.
 
-        The tensors are this object's own, which it never writes to.
+        Ω in 8 bits is there as codes, in the shape of the parameter, and "scales"; of a DTensor, decoded. The tensors
+        are this object's own, which it never writes to.
         """
+        state = self._state
+        small = {n: k for n, k in state.omega.items() if isinstance(k, Encoded) and k.spread is None}
+        whole = {n: decode(k) for n, k in state.omega.items() if n not in small}
         return {
-            "lam": self.lam,
+            "lam": dict(self.lam) if isinstance(self.lam, Mapping) else self.lam,
             "merge": self.merge,
             "alpha": self.alpha,
-            **{key: dict(value) for key, value in vars(self._state).items()},
+            "omega": {n: small[n].codes.view(small[n].shape) if n in small else whole[n] for n in state.omega},
+            "scales": {name: kept.scales for name, kept in small.items()},
+            "anchor": dict(state.anchor),
+            "num_samples": dict(state.num_samples),
+            "meaning": dict(state.meaning),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; its tensors are copied. λ, merge and alpha are the state's.
+
+        Ω and θ* are kept in this object's own dtypes, whatever they were saved in.
 
         Raises:
             ValueError: An entry is missing or invalid, or Ω and θ* do not fit the model or each other; every mismatch
@@ -207,7 +283,11 @@ class MAS:
             raise ValueError(f"state must have the entries {', '.join(STATE_ENTRIES)}, it lacks {', '.join(missing)}")
         lam = _checked_lam(state["lam"])
         check_merge(state["merge"], state["alpha"], argument="merge")
-        omega, anchor, num_samples = state["omega"], state["anchor"], state["num_samples"]
+        try:
+            omega = _decoded(state["omega"], state.get("scales", {}))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"state must have scales that fit its codes of omega, got: {error}") from error
+        anchor, num_samples = state["anchor"], state["num_samples"]
         parameters = trained_parameters(self.model)
         problems = list_mismatches(omega, parameters, where="the model")
         problems += [f"the anchor of {line}" for line in list_mismatches(anchor, parameters, where="the model")]
@@ -220,13 +300,16 @@ class MAS:
             problems.append(f"its meaning must state objective, scope and statistic, got {dict(state['meaning'])}")
         if problems:
             raise ValueError(f"state must fit the model, got mismatches:{bullets(problems)}")
-        self._state = _State(
-            {name: placed_like(tensor.detach(), parameters[name]).clone() for name, tensor in omega.items()},
-            {name: placed_like(anchor[name].detach(), parameters[name]).clone() for name in omega},
+        loaded = State(
+            {n: self._keeping.omega(placed_like(omega[n].detach(), parameters[n]).clone()) for n in omega},
+            {n: self._keeping.anchor(placed_like(anchor[n].detach(), parameters[n])) for n in omega},
             {name: int(num_samples[name]) for name in omega},
             dict(state["meaning"]),
         )
+        lams = _lams_by_name(lam, loaded.omega)
         self.lam, self.merge, self.alpha = lam, state["merge"], state["alpha"]
+        self._set_state(loaded)
+        self._lams = lams
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to `path` as safetensors, atomically: an interrupted save leaves the old file as it was.
@@ -235,7 +318,8 @@ class MAS:
             FileNotFoundError: The folder of `path` does not exist.
         """
         state = self.state_dict()
-        tensors = {f"{kind}.{name}": tensor for kind in ("omega", "anchor") for name, tensor in state.pop(kind).items()}
+        kinds = ("omega", "scales", "anchor")
+        tensors = {f"{kind}.{name}": tensor for kind in kinds for name, tensor in state.pop(kind).items()}
         storage.write(path, KIND, tensors, {"state": json.dumps(state)})
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -247,7 +331,7 @@ class MAS:
                 listed); nothing is changed.
         """
         tensors, header = storage.read(path, KIND)
-        state: dict[str, Any] = {"omega": {}, "anchor": {}}
+        state: dict[str, Any] = {"omega": {}, "scales": {}, "anchor": {}}
         try:
             state |= json.loads(storage.header_entry(header, "state", path))
             for key, tensor in tensors.items():
@@ -259,70 +343,94 @@ class MAS:
 
     def _fitting_parameters(self) -> dict[str, nn.Parameter]:
         parameters = trained_parameters(self.model)
-        problems = list_mismatches(self._state.omega, parameters, where="the model")
-        if problems:
-            raise ValueError(f"model must have every parameter that has an omega, got mismatches:{bullets(problems)}")
-        return parameters
-
-    def _merged(self, importance: Importance) -> _State:
-        parameters = trained_parameters(self.model)
-        old = self._state.omega
-        # A name that fits is a plain one already, whatever else it could be the wrapped name of.
-        new = {n if n in parameters else parameter_name(self.model, n): omega for n, omega in importance.items()}
-        problems = [line for omegas in (old, new) for line in list_mismatches(omegas, parameters, where="the model")]
-        problems += list_meaning_differences(self._state.meaning, importance.meaning)
-        problems += list_unusable({n: parameters[n] for n in old | new if n in parameters}, what="the model's ")
+        problems = self._state.mismatches(parameters)
         if problems:
             raise ValueError(
-                "importance must fit the model and the earlier tasks, and the model be finite, got:"
-                f"{bullets(dict.fromkeys(problems))}"
+                "model must have every parameter that has an omega (MAS.adapt follows a changed model), got mismatches:"
+                f"{bullets(problems)}"
             )
+        return parameters
 
-        omegas, num_samples = {}, {}
-        for name in old | new:
-            like = parameters[name]
-            counts = (self._state.num_samples.get(name, 0), importance.num_samples if name in new else 0)
-            if name in old and name in new:
-                before = placed_like(old[name], like)
-                omegas[name] = merge_tensors(before, new[name], counts, self.merge, alpha=self.alpha)
-            else:
-                omegas[name] = placed_like(new[name], like).clone() if name in new else placed_like(old[name], like)
-            num_samples[name] = sum(counts)
-        problems = list_unusable(omegas, what="the merged ", non_negative=True)
-        if problems:
-            raise ValueError(f"omega must stay finite, got an overflow: use float32 importances{bullets(problems)}")
-        anchors = {name: parameters[name].detach().clone() for name in omegas}
-        return _State(omegas, anchors, num_samples, importance.meaning)
+    def _set_state(self, state: State) -> None:
+        self._state = state
+        self._plan = None
+        self._lams = {}
 
-    def _terms(self) -> dict[str, Term]:
+    def _lams_of(self, state: State) -> dict[str, float]:
+        return _lams_by_name(self._lam, state.omega)
+
+    def _current_plan(self) -> Plan | None:
+        """Return what the penalty is computed from; None, which is warned of once, without any Ω."""
         if not self._state.omega:
             if not self._warned:
                 self._warned = True
                 # stacklevel 3 is the user's line that called penalty() or add_penalty_grad_().
                 warnings.warn("there is no importance before consolidate(): the penalty is exactly 0", stacklevel=3)
-            return {}
-        parameters = self._fitting_parameters()
-        if not all(same_place(omega, parameters[name]) for name, omega in self._state.omega.items()):
-            omegas, anchors = (
-                {name: placed_like(tensor, parameters[name]) for name, tensor in tensors.items()}
-                for tensors in (self._state.omega, self._state.anchor)
-            )
-            self._state = dataclasses.replace(self._state, omega=omegas, anchor=anchors)
-        return {
-            name: Term(parameters[name], omega, self._state.anchor[name])
-            for name, omega in self._state.omega.items()
-            if parameters[name].requires_grad
-        }
+            return None
+        plan = self._plan
+        if plan is None or not (torch.compiler.is_compiling() or plan.holds(self._state)):
+            parameters = self._fitting_parameters()
+            self._state = self._state.placed(parameters)
+            plan = self._plan = Plan(self.model, self._state, parameters)
+        if not self._lams:
+            self._lams = self._lams_of(self._state)
+        plan.set_lams(self._lams)
+        return plan
+
+    def _held(self, parameters: Sequence[Tensor]) -> Held:
+        """Return what holds parameters of the model, for the optimizers; see `Plan.held`."""
+        plan = self._current_plan()
+        if plan is None:
+            none = [torch.empty(0)] * len(parameters)
+            return Held(none, none, none, [0.0] * len(parameters))
+        return plan.held(parameters, self._lams)
+
+    def _unknown(self, parameters: Sequence[Tensor]) -> list[int]:
+        """Return the indices of those parameters that are none of the model's, or have no Ω."""
+        plan = self._current_plan()
+        return list(range(len(parameters))) if plan is None else plan.unknown(parameters)
 
     def _zero(self) -> Tensor:
         first = next(self.model.parameters(), torch.empty(()))
         return torch.zeros((), device=first.device, dtype=torch.promote_types(first.dtype, torch.float32))
 
 
-def _checked_lam(value: object) -> float:
+def _checked_lam(value: object) -> Lam:
+    if isinstance(value, Mapping):
+        return MappingProxyType({str(pattern): _checked_number(number) for pattern, number in value.items()})
+    return _checked_number(value)
+
+
+def _checked_number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"lam must be a real number, got {value!r}")
     lam = float(value)
     if not (math.isfinite(lam) and lam >= 0):
         raise ValueError(f"lam must be finite and at least 0, got {lam}")
     return lam
+
+
+def _lams_by_name(lam: Lam, names: Iterable[str]) -> dict[str, float]:
+    """Return λ of each parameter.
+
+    Raises:
+        ValueError: No pattern fits some of them, which are listed.
+    """
+    if not isinstance(lam, Mapping):
+        return dict.fromkeys(names, lam)
+    found = {n: next((v for p, v in lam.items() if fnmatch.fnmatchcase(n, p)), None) for n in names}
+    missing = [repr(name) for name, value in found.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"lam must have a pattern for every parameter with an omega, got none for {', '.join(missing)}"
+        )
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _decoded(omega: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from mas_fast.kernels.steps import decode_omega
+
+    return {
+        name: decode_omega(tensor.flatten(), scales[name]).view(tensor.shape) if tensor.dtype == torch.uint8 else tensor
+        for name, tensor in omega.items()
+    }

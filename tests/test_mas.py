@@ -279,7 +279,7 @@ class TestConsolidate:
         with pytest.raises(ValueError) as caught:
             getattr(mas, method)()
         assert str(caught.value).splitlines() == [
-            "model must have every parameter that has an omega, got mismatches:",
+            "model must have every parameter that has an omega (MAS.adapt follows a changed model), got mismatches:",
             "  - 'w1' has shape [1], the model has [2]",
             "  - 'w2' of shape [1] is missing from the model",
         ]
