@@ -76,10 +76,13 @@ MAS_FAST_BOTH T pull(T lam, T omega, T difference) {
   return lam * omega * difference;
 }
 
-// (θ + cθ*) / (1 + c) with c = 2ηλΩ, in a form that keeps θ* itself.
+// (θ + cθ*) / (1 + c) with c = 2ηλΩ, in the form that keeps θ where nothing holds it, and θ* where all does.
 template <class T>
 MAS_FAST_BOTH T proximal(T theta, T anchor, T twice_rate, T omega) {
-  return anchor + (theta - anchor) / (T(1) + twice_rate * omega);
+  const T c = twice_rate * omega;
+  const T part = T(1) / (T(1) + c);
+  const T difference = theta - anchor;
+  return c < T(1) ? theta - difference * (c * part) : anchor + difference * part;
 }
 
 // What a parameter is held by, and how: entries without Ω have lam = 0, omega = 0 and anchor = θ.

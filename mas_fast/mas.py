@@ -72,8 +72,9 @@ class MAS:
             merge: "sum" (the paper), "mean", "ema" or "max".
             alpha: The weight of the new Ω in "ema", from 0 to 1.
             omega_dtype: What Ω is kept in: a floating dtype, or torch.uint8 for 8 bits a weight, of which the relative
-                error in L2 is below 0.5 % (zeros stay zeros). None keeps what the importance has.
-            anchor_dtype: What θ* is kept in, such as torch.bfloat16, which rounds it. None is the parameter's own.
+                error in L2 is below 0.5 % (zeros stay zeros). None keeps what the importance or a loaded state has.
+            anchor_dtype: What θ* is kept in, such as torch.bfloat16, which rounds it. None is the parameter's own, or
+                what a loaded state has.
 
         Raises:
             TypeError: `model` is no module or `lam` no number.
@@ -100,7 +101,7 @@ class MAS:
     @property
     def lam(self) -> Lam:
         """λ, the weight of the penalty, or λ by pattern."""
-        return self._lam
+        return MappingProxyType(self._lam) if isinstance(self._lam, dict) else self._lam
 
     @lam.setter
     def lam(self, value: Lam) -> None:
@@ -131,6 +132,10 @@ class MAS:
     def state_bytes(self) -> int:
         """Bytes that Ω and θ* take; of what is spread over ranks, on this rank."""
         return self._state.num_bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of a copy, other tensors are the parameters: what was found for them is found again.
+        return vars(self) | {"_plan": None}
 
     def __repr__(self) -> str:
         size, seen = len(self._state.omega), max(self._state.num_samples.values(), default=0)
@@ -368,7 +373,7 @@ class MAS:
                 warnings.warn("there is no importance before consolidate(): the penalty is exactly 0", stacklevel=3)
             return None
         plan = self._plan
-        if plan is None or not (torch.compiler.is_compiling() or plan.holds(self._state)):
+        if plan is None or not (torch.compiler.is_compiling() or plan.holds(self.model, self._state)):
             parameters = self._fitting_parameters()
             self._state = self._state.placed(parameters)
             plan = self._plan = Plan(self.model, self._state, parameters)
@@ -397,7 +402,7 @@ class MAS:
 
 def _checked_lam(value: object) -> Lam:
     if isinstance(value, Mapping):
-        return MappingProxyType({str(pattern): _checked_number(number) for pattern, number in value.items()})
+        return {str(pattern): _checked_number(number) for pattern, number in value.items()}
     return _checked_number(value)
 
 

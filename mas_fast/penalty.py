@@ -74,6 +74,7 @@ class Plan:
             group.held.lams.append(0.0)
         self.groups = list(found.values())
         self.dtype = torch.float64 if wide else torch.float32
+        self._model = model
         self._thetas = thetas
         self._features = _features(thetas)
         # Where each parameter hangs: whoever exchanges a module or a parameter breaks a link.
@@ -86,10 +87,11 @@ class Plan:
         ]
         self._lams: dict[str, float] = {}
 
-    def holds(self, state: State) -> bool:
+    def holds(self, model: nn.Module, state: State) -> bool:
         """Return whether the model and the state are as they were."""
         return (
-            self.state is state
+            self._model is model
+            and self.state is state
             and all(holder.get(key) is value for holder, key, value in self._links)
             and _features(self._thetas) == self._features
         )
@@ -103,7 +105,7 @@ class Plan:
             group.held.lams[:] = [lams[name] for name in group.names]
 
     def held(self, parameters: Sequence[Tensor], lams: Mapping[str, float]) -> Held:
-        """Return what holds parameters of the model; for those that nothing holds, entries without elements and λ = 0."""
+        """Return what holds parameters of the model; entries without elements and λ = 0 where nothing does."""
         none = torch.empty(0)
         free = (none, none, none, "")
         rows = [self._rows.get(id(parameter), free) for parameter in parameters]

@@ -245,8 +245,11 @@ def _value_and_pull(
 
 
 def _proximal(theta: Tensor, omega: Tensor, scale: Tensor, anchor: Tensor, rate: float) -> Tensor:
-    """Return (θ + cθ*) / (1 + c) with c = 2ηλΩ, as θ* + (θ − θ*) / (1 + c), which keeps θ* itself exact."""
+    """Return (θ + cθ*) / (1 + c), c = 2ηλΩ, in the form that keeps θ where nothing holds it, and θ* where all does."""
     if omega.numel() == 0:
         return theta
+    c = 2 * rate * _omega(omega, scale, theta.shape).to(theta.dtype)
+    part = 1 / (1 + c)
     anchor = anchor.view(theta.shape).to(theta.dtype)
-    return anchor + (theta - anchor) / (1 + 2 * rate * _omega(omega, scale, theta.shape).to(theta.dtype))
+    difference = theta - anchor
+    return torch.where(c < 1, theta - difference * (c * part), anchor + difference * part)

@@ -56,10 +56,13 @@ def run_fine_tuning(tasks: Sequence[Task], settings: Settings, seed: int, advanc
     return run
 
 
-def run_mas(tasks: Sequence[Task], settings: Settings, seed: int, advance: Advance) -> Run:
-    """Train as fine-tuning does, from the same weights and on the same batches, with the penalty in each step."""
+def run_mas(tasks: Sequence[Task], settings: Settings, seed: int, advance: Advance, **state: Any) -> Run:
+    """Train as fine-tuning does, from the same weights and on the same batches, with the penalty in each step.
+
+    `state` says how Ω and θ* are kept: `omega_dtype` and `anchor_dtype` of `MAS`.
+    """
     run, generator = _start(tasks, seed)
-    mas = mas_fast.MAS(run.network, lam=settings.lam, merge="sum")
+    mas = mas_fast.MAS(run.network, lam=settings.lam, merge="sum", **state)
     for index, task in enumerate(tasks):
         _train(run.network, tasks, [index], settings, generator, mas if index else None)
         unlabelled = task.train_images.split(IMPORTANCE_BATCH_SIZE)

@@ -202,9 +202,7 @@ def sgd_step_(
         contiguous(grads) as flat_grads,
         contiguous(momenta, written=True) as flat_momenta,
     ):
-        values = torch.ops.mas_fast.sgd_step_(flat, flat_grads, flat_momenta, *held, lr, *options)
-    _tell_autograd(thetas)
-    return values
+        return torch.ops.mas_fast.sgd_step_(flat, flat_grads, flat_momenta, *held, lr, *options)
 
 
 @torch.no_grad()
@@ -236,13 +234,6 @@ def adamw_step_(
         contiguous(exp_avg_sqs, written=True) as flat_squares,
         contiguous(max_exp_avg_sqs, written=True) as flat_largest,
     ):
-        values = torch.ops.mas_fast.adamw_step_(
+        return torch.ops.mas_fast.adamw_step_(
             flat, flat_grads, flat_means, flat_squares, flat_largest, *held, steps, *options
         )
-    _tell_autograd(thetas)
-    return values
-
-
-def _tell_autograd(changed: Sequence[Tensor]) -> None:
-    # Compiled kernels write past autograd, which must still refuse a backward through a graph made before.
-    torch.autograd.graph.increment_version(changed)
