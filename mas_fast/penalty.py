@@ -14,7 +14,7 @@ from torch import distributed as dist
 
 from mas_fast.encoded import parts_of
 from mas_fast.kernels import steps
-from mas_fast.kernels.steps import Held
+from mas_fast.kernels.steps import Held, check_held
 from mas_fast.sharding import is_sharded, local, splitting_groups
 from mas_fast.state import State
 
@@ -73,6 +73,8 @@ class Plan:
             group.held.anchors.append(anchor)
             group.held.lams.append(0.0)
         self.groups = list(found.values())
+        for group in self.groups:
+            check_held([local(theta) for theta in group.thetas], group.held)
         self.dtype = torch.float64 if wide else torch.float32
         self._model = model
         self._thetas = thetas
@@ -105,10 +107,13 @@ class Plan:
             group.held.lams[:] = [lams[name] for name in group.names]
 
     def held(self, parameters: Sequence[Tensor], lams: Mapping[str, float]) -> Held:
-        """Return what holds parameters of the model; entries without elements and λ = 0 where nothing does."""
+        """Return what holds parameters of the model; entries without elements and λ = 0 where nothing does.
+
+        Nothing holds those that require no grad, as in `value`.
+        """
         none = torch.empty(0)
         free = (none, none, none, "")
-        rows = [self._rows.get(id(parameter), free) for parameter in parameters]
+        rows = [self._rows.get(id(p), free) if p.requires_grad else free for p in parameters]
         return Held(
             [row[0] for row in rows],
             [row[1] for row in rows],

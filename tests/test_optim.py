@@ -264,6 +264,23 @@ class TestAgainstTorch:
             assert relative_error(parameter.detach(), expected.detach()) <= tolerance
 
 
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_a_frozen_parameter_with_an_old_gradient_is_not_held(kind):
+    # As in mas.penalty(): torch's optimizers step it by its gradient all the same.
+    problem = Problem([(4,), (3,)])
+    mas = problem.mas(torch.float64)
+    optimizer = OURS[kind](mas.model.parameters(), lr=0.1, mas=mas)
+    parameters = list(mas.model.parameters())
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += 1
+            parameter.grad = torch.zeros_like(parameter)
+    parameters[0].requires_grad_(False)
+    expected = mas.penalty().item()
+    optimizer.step()
+    assert optimizer.penalty.item() == pytest.approx(expected)
+
+
 class TestImplicit:
     @EVERY
     def test_is_stable_where_the_gradient_diverges(self, kind):

@@ -263,7 +263,18 @@ def test_opcheck():
 def test_lists_that_do_not_fit_are_refused(change, message):
     fitting = {"omegas": [torch.ones(3)], "scales": [NONE], "anchors": [torch.ones(3)], "lams": [1.0]}
     with pytest.raises(ValueError, match=message):
+        steps.check_held([torch.ones(3)], steps.Held(**{**fitting, **change}))
+
+
+@pytest.mark.skipif(ops.cpu_capability() is None, reason="the kernels' own checks")
+@pytest.mark.parametrize("change", [{"omegas": [torch.ones(4)]}, {"anchors": [torch.ones(2)]}, {"lams": []}])
+def test_kernels_stay_inside_of_their_memory(change):
+    fitting = {"omegas": [torch.ones(3)], "scales": [NONE], "anchors": [torch.ones(3)], "lams": [1.0]}
+    with pytest.raises(RuntimeError, match="must have"):
         steps.add_penalty_grad_([torch.ones(3)], [torch.ones(3)], steps.Held(**{**fitting, **change}))
+    codes = torch.ones(3, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="scales must be float32"):
+        compiled.penalty_grad_([torch.ones(3)], [torch.ones(3)], [codes], [NONE], [torch.ones(3)], [1.0])
 
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")], ids=str)

@@ -94,6 +94,9 @@ _library = torch.library.Library("mas_fast", "DEF")
 for _name, (_schema, _kernel) in OPS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    # Nothing to differentiate: they are called on detached data or under no_grad. Without this, autograd looks at every
+    # tensor of a list, which takes as long as the kernels do on hundreds of small ones.
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"mas_fast::{_name}", _FAKES.get(_name, lambda *args, **kwargs: None), lib=_library)
 
 

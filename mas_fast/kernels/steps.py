@@ -15,7 +15,8 @@ class Held(NamedTuple):
     """What holds a list of parameters, all on one device: Ω, θ* and λ, an entry for each.
 
     Ω is floating-point, of the size of its parameter, with an empty scale; or uint8 with the scales of its blocks
-    (`encode_omega`). An Ω and θ* without elements hold nothing. All are contiguous.
+    (`encode_omega`). An Ω and θ* without elements hold nothing. All are contiguous. Whoever makes one calls
+    `check_held`; the steps do not.
     """
 
     omegas: list[Tensor]
@@ -51,14 +52,12 @@ def decode_omega(codes: Tensor, scales: Tensor) -> Tensor:
 
 def add_penalty_grad_(grads: Sequence[Tensor], thetas: Sequence[Tensor], held: Held) -> Tensor:
     """Add 2λΩ(θ − θ*) to every gradient in one pass, and return float64 [n, 2]; see `reference_steps.penalty_grad_`."""
-    check_held(thetas, held)
     with contiguous(thetas) as flat, contiguous(grads, written=True) as flat_grads:
         return torch.ops.mas_fast.penalty_grad_(flat_grads, flat, *held)
 
 
 def penalty(thetas: Sequence[Tensor], held: Held) -> Tensor:
     """Return the values λ Σ Ω (θ − θ*)² of every parameter, float64 [n], differentiable in θ."""
-    check_held(thetas, held)
     return torch.ops.mas_fast.penalty([theta.contiguous() for theta in thetas], *held)
 
 
@@ -195,7 +194,6 @@ def sgd_step_(
     implicit: bool = False,
 ) -> Tensor:
     """Take a step of SGD on loss + penalty in one pass, and return float64 [n, 2]; see `reference_steps.sgd_step_`."""
-    check_held(thetas, held)
     options = momentum, dampening, weight_decay, nesterov, maximize, first, implicit
     with (
         contiguous(thetas, written=True) as flat,
@@ -225,7 +223,6 @@ def adamw_step_(
     implicit: bool = False,
 ) -> Tensor:
     """Take a step of AdamW on loss + penalty in one pass, and return float64 [n, 2]; see `reference_steps`."""
-    check_held(thetas, held)
     options = lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, implicit
     with (
         contiguous(thetas, written=True) as flat,
