@@ -326,6 +326,8 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
                     module._buffers.clear()
                     module._buffers.update(own)
                 for buffer, value in buffers.items():
+                    if buffer.requires_grad and not buffer.is_leaf:
+                        buffer.detach_()  # a forward wrote into it what depends on a parameter
                     # Not by version, which changes through .data do not raise.
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
@@ -365,18 +367,26 @@ def _objectives_alone(model: nn.Module, batch: Any, objective: Objective) -> tup
     # With gradients, as in the pass: a model may keep what it computes from its parameters for the next forward.
     with torch.enable_grad(), uncompiled(), Refusing(model) as run:
         for sample in (0, samples - 1):
-            one = tree_map_only(Tensor, lambda t, sample=sample: t[sample : sample + 1], batch)  # type: ignore[misc]
-            try:
-                values = sample_objective(objective, default_forward(model, one))
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                if isinstance(error, CaptureError):
-                    raise
-                # A model that cannot take a single sample cannot be asked.
+            # Twice, if a model cannot take a single sample, or drops the axis of one.
+            for rows in ([sample], [sample, sample]):
+                part = tree_map_only(Tensor, lambda t, rows=rows: t[rows], batch)  # type: ignore[misc]
+                values = _objectives_of_part(model, part, objective)
+                if values is not None and values.shape == (len(rows),):
+                    alone[sample] = values[0].detach()
+                    break
+            else:
+                # A model that takes neither cannot be asked.
                 return None
-            if values.shape != (1,):
-                return None
-            alone[sample] = values[0].detach()
     return alone, run.eps
+
+
+def _objectives_of_part(model: nn.Module, part: Any, objective: Objective) -> Tensor | None:
+    try:
+        return sample_objective(objective, default_forward(model, part))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, CaptureError):
+            raise
+        return None
 
 
 def _remembered(objectives: Callable[[], Tensor], seen: list[Tensor]) -> Tensor:

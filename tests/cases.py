@@ -387,6 +387,47 @@ def edited_view(self, x):
     return F.linear(x, w) + row[0]
 
 
+def data_in_a_buffer(self, x):
+    """A buffer is made of nothing, and then written full of data."""
+    h = torch.zeros(len(x), 5, dtype=x.dtype)
+    h[:] = self.inner(x)
+    return self.outer(h) + x[:, :1]
+
+
+def accumulated(self, x):
+    total = torch.zeros_like(x)
+    total += self.inner(x)
+    total += self.bias
+    return self.outer(total) + x[:, :1]
+
+
+def experts_by_index(self, x):
+    out = torch.zeros_like(x)
+    for expert, wanted in ((self.inner, x[:, 0] > 0), (self.other, x[:, 0] <= 0)):
+        places = wanted.nonzero()[:, 0]
+        out.index_add_(0, places, expert(x[places]))
+    return self.outer(out) + x[:, :1]
+
+
+def hooked(self, x):
+    """The gradient of a part of a weight is changed by a hook."""
+    q, k = self.w.split([2, 3])
+    q.register_hook(lambda gradient: gradient * 0.1)
+    return torch.cat([F.linear(x, q), F.linear(x, k)], 1)
+
+
+def token_in_a_buffer(self, x):
+    out = x.new_zeros(len(x), 3, 5)
+    out[:, 1:] = self.inner(x)[:, None]
+    out[:, 0] = self.cls
+    return self.outer(out)
+
+
+def looped_in_a_product(self, x):
+    """A parameter that takes the loop, and is a factor of one that does not."""
+    return Doubled.apply(F.linear(x, self.w * self.b), self.b)
+
+
 def mixed_selection(self, x):
     """Overlapping slices of one parameter: their gradients must be summed first."""
     return F.linear(x, self.w[:4]) + F.linear(x, self.w[2:])
@@ -449,6 +490,19 @@ def relative_bias(self, x):
 
 # name -> builder of (model, batch): reused and derived parameters, whose gradients are summed before |·|
 JOINED = {
+    "data_in_a_buffer": lambda: (
+        Lambda(data_in_a_buffer, inner=nn.Linear(5, 5), outer=nn.Linear(5, 50)),
+        torch.randn(6, 5),
+    ),
+    "accumulated": lambda: (
+        Lambda(accumulated, inner=nn.Linear(5, 5), outer=nn.Linear(5, 50), bias=torch.randn(5)),
+        torch.randn(6, 5),
+    ),
+    "experts_by_index": lambda: (
+        Lambda(experts_by_index, inner=nn.Linear(5, 5), outer=nn.Linear(5, 50), other=nn.Linear(5, 5)),
+        torch.randn(8, 5),
+    ),
+    "hooked": lambda: (Lambda(hooked, w=torch.randn(5, 5)), torch.randn(6, 5)),
     "assembled": lambda: (Lambda(assembled, w=torch.randn(2, 5), v=torch.randn(1, 5)), torch.randn(6, 5)),
     "edited": lambda: (Lambda(edited, w=torch.randn(3, 5)), torch.randn(6, 5)),
     "repeated": lambda: (Lambda(repeated, w=torch.randn(3, 5)), torch.randn(6, 5)),
@@ -592,6 +646,16 @@ JOINED = {
 
 # name -> builder of (model, batch, names of the parameters that must take the loop)
 LOOPED = {
+    "token_in_a_buffer": lambda: (
+        Lambda(token_in_a_buffer, inner=nn.Linear(5, 5), outer=nn.Linear(5, 50), cls=torch.randn(5)),
+        torch.randn(6, 5),
+        {"cls"},
+    ),
+    "looped_in_a_product": lambda: (
+        Lambda(looped_in_a_product, w=torch.randn(5, 5), b=torch.randn(5)),
+        torch.randn(6, 5),
+        {"w", "b"},
+    ),
     "edited_after_use": lambda: (Lambda(edited_after_use, w=torch.randn(3, 5)), torch.randn(6, 5), {"w"}),
     "edited_view": lambda: (Lambda(edited_view, w=torch.randn(3, 5)), torch.randn(6, 5), {"w"}),
     "custom_function": lambda: (Lambda(unseen, w=torch.randn(5), head=nn.Linear(5, 2)), torch.randn(6, 5), {"w"}),

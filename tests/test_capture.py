@@ -84,7 +84,7 @@ def test_unsupported_raise_says_where_and_what_to_do():
     model, batch, _ = build(LOOPED["custom_function"])
     with pytest.raises(CaptureError) as error:
         estimate_importance(nn.Sequential(model), [batch], unsupported="raise")
-    assert "0.w [5]: used by DoubledBackward, which no torch function shows" in str(error.value)
+    assert "0.w [5]: used by DoubledBackward of the graph, behind no call" in str(error.value)
     assert "write these calls with torch functions" in str(error.value)
 
 

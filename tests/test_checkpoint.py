@@ -40,6 +40,9 @@ CASES = {
     "twice_inside": lambda m, h: m.checkpoint(lambda t: m.block(m.block(t)), h),
     "nested": lambda m, h: m.checkpoint(lambda t: m.checkpoint(m.block, m.other(t)), h),
     "derived": lambda m, h: m.checkpoint(lambda t: F.linear(t, m.block[0].weight.exp()), h),
+    "derived_product": lambda m, h: m.checkpoint(lambda t: t @ m.block[0].weight.exp().t(), h),
+    "derived_twice": lambda m, h: m.checkpoint(lambda t: (t + m.block[2].bias) * (1 + m.block[2].bias), h),
+    "normalized": lambda m, h: m.checkpoint(lambda t: F.linear(t, F.normalize(m.block[0].weight)), h),
     "selection": lambda m, h: m.checkpoint(lambda t: F.linear(t, m.block[0].weight[:3]), h),
     "time_first": lambda m, h: m.checkpoint(lambda t: m.block(t.expand(3, *t.shape)).sum(0), h),
 }
@@ -100,3 +103,21 @@ def test_the_loop_goes_through_checkpoints_that_allow_it():
         estimate_importance(model, [batch])
     model.on = False
     assert worst_error(importance, truth_of(model, batch)) <= 1e-11
+
+
+def written(model, h):
+    def block(t):
+        t = t.clone()
+        t[:, 0] = model.block[2].bias[0]
+        return F.linear(t, model.block[0].weight).tanh()
+
+    return model.checkpoint(block, h)
+
+
+def test_what_a_reentrant_checkpoint_hides_is_an_error():
+    torch.manual_seed(0)
+    model = Model(written, reentrant=True)
+    model(torch.randn(2, 5))
+    with pytest.raises(CaptureError, match=r"block.2.bias are used in a reentrant .* pass use_reentrant=False"):
+        estimate_importance(model, [torch.randn(4, 5)])
+    assert all(parameter.grad is None for parameter in model.parameters())

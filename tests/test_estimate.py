@@ -1,5 +1,6 @@
 """estimate_importance and capture: what they accept, what they refuse and how, and that they leave no trace."""
 
+import copy
 import math
 import os
 import subprocess
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import mas_fast
 from mas_fast import CaptureError, Importance, estimate_importance
 from mas_fast.capture.backward import Backward
+from mas_fast.errors import LoopWarning
 from mas_fast.reference import importance_loop
 
 
@@ -189,6 +191,35 @@ def test_data_loader_with_labels():
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(X)
+
+
+def test_a_leak_between_samples_is_no_layout_in_bfloat16():
+    # In wide rows: a leak from a sample with a smaller weight must not look like rounding.
+    torch.manual_seed(0)
+    model = Lambda(
+        lambda m, x: m.outer(m.inner(x).index_add(0, torch.tensor([2]), m.inner(x)[4:5])),
+        inner=nn.Linear(8, 1024),
+        outer=nn.Linear(1024, 3),
+    ).bfloat16()
+    with pytest.warns(LoopWarning):
+        estimate_importance(model, [torch.randn(8, 8).bfloat16()])
+
+
+def test_a_buffer_that_a_forward_wrote_parameters_into_is_left_as_found():
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 5))
+            self.register_buffer("kept", torch.zeros(3, 5))
+
+        def forward(self, x):
+            self.kept[:] = self.w
+            return x @ self.kept.t()
+
+    model = Kept()
+    estimate_importance(model, [X.float()])
+    assert not model.kept.requires_grad and not model.kept.any()
+    copy.deepcopy(model)
 
 
 class Picked(nn.Module):
@@ -375,6 +406,13 @@ BAD = {
         {},
         FloatingPointError,
         ["gradient must be finite, got inf or nan in root"],
+    ),
+    "mixing_behind_an_output_without_axes": (
+        lambda: Lambda(lambda m, x: m.l(x - x.mean(0))[:, 0].squeeze(), l=nn.Linear(5, 2)),
+        [X.float()],
+        {},
+        CaptureError,
+        ["batch 0: samples must not influence each other"],
     ),
     "batch_statistics": (
         without_running_statistics,

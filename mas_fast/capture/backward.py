@@ -6,7 +6,7 @@ several calls has to be added for all of them or for none; and ADD, which proves
 """
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple
@@ -57,6 +57,7 @@ class Backward:
         self._phase = _Phase.IDLE
         self._weights = torch.empty(0)
         self._weighed_elsewhere = False  # the weighted δ comes from another forward
+        self._failed: list[Tap] = []  # in this sweep: where the samples are could not be proved
         self._infinite: set[str] = set()  # parameters whose δ holds inf or nan
         self._made = len(forward.taps)  # before the first sweep
         self._weighed: list[Fingerprint | None] = []  # by tap, once there was a weighted sweep
@@ -107,6 +108,7 @@ class Backward:
         """Let the graph go: it holds the taps, which report here, and the garbage collector cannot see through it."""
         self.values = self.values.detach()
         self._uses.clear()
+        self._failed.clear()
 
     def _check_finite(self) -> None:
         values = self.values.detach()
@@ -154,13 +156,14 @@ class Backward:
             total = objective.sum()
             if self.forward.reentrant:
                 # A reentrant checkpoint allows nothing else, though it forms gradients that nobody wants.
-                with _no_gradients_left(self.capture.model), self._watched():
+                with _no_gradients_left(self.capture.model, self.capture.parameters), self._watched():
                     torch.autograd.backward(total, retain_graph=keep)
             else:
                 with self._watched():
                     torch.autograd.grad(total, self.forward.token, retain_graph=keep, allow_unused=True)
         finally:
             self._phase = _Phase.IDLE
+        self._turn_failed()
         if self._infinite:
             raise FloatingPointError(not_finite([name for name in self.capture.parameters if name in self._infinite]))
 
@@ -254,15 +257,21 @@ class Backward:
             tap.accumulate(omega, delta, saved, self.capture.square)
 
     def _fail(self, tap: Tap) -> None:
-        """Do a tap's parameters again, in another way."""
-        if self._weighed_elsewhere:
-            # Perhaps the two forwards differed: ask again on one graph.
-            self.capture.one_graph = True
-        elif not tap.site.next_way():
-            reason = f"no axis of the output {list(tap.shape)} of {tap.site.call} can be proved to hold the samples"
-            for source in tap.roles.values():
-                self.forward.give_up(source, reason)
+        """Have a tap's parameters done again, in another way."""
+        self._failed.append(tap)
         self.left |= tap.names & self.pending
+
+    def _turn_failed(self) -> None:
+        """Turn what failed in a sweep to other ways: not during it, for a checkpoint must repeat what it did."""
+        for tap in self._failed:
+            if self._weighed_elsewhere:
+                # Perhaps the two forwards differed: ask again on one graph.
+                self.capture.one_graph = True
+            elif not tap.site.next_way():
+                reason = f"no axis of the output {list(tap.shape)} of {tap.site.call} can be proved to hold the samples"
+                for source in tap.roles.values():
+                    self.forward.give_up(source, reason)
+        self._failed.clear()
 
     def _add_joint(self) -> None:
         """Add what is summed over several uses first, unless one of the uses has to be done again."""
@@ -272,7 +281,8 @@ class Backward:
                 self.left |= names & self.pending
             else:
                 sums = {name: capture.sums[name] for name in names}
-                add_joint(uses, sums, capture.parameters, self._samples, capture.square, capture.memory_budget)
+                options = capture.square, capture.memory_budget, self._watched
+                add_joint(uses, sums, capture.parameters, self._samples, *options)
         self._uses.clear()
 
     def _note_rules(self) -> None:
@@ -314,13 +324,24 @@ class Backward:
 
 
 @contextmanager
-def _no_gradients_left(model: nn.Module | None) -> Iterator[None]:
-    """Give every parameter back the .grad that it has."""
+def _no_gradients_left(model: nn.Module | None, watched: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give every parameter back the .grad that it has.
+
+    Raises:
+        CaptureError: A watched one got a gradient: some use of it was behind no tap.
+    """
     own = [(parameter, parameter.grad) for parameter in (model.parameters() if model is not None else ())]
     for parameter, _ in own:
         parameter.grad = None
     try:
         yield
+        unseen = [name for name, parameter in watched.items() if parameter.grad is not None]
+        if unseen:
+            raise CaptureError(
+                f"{', '.join(unseen)} are used in a reentrant activation checkpoint in a way that no rule sees, and "
+                "need one backward per sample, which it does not allow; pass use_reentrant=False to "
+                "torch.utils.checkpoint"
+            )
     finally:
         for parameter, gradient in own:
             parameter.grad = gradient

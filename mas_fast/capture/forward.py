@@ -7,6 +7,7 @@ A call that uses a tracked tensor is understood in one of several ways, tried in
     rule     the call meets data and its family has a rule
     select   it only moves entries of the parameter
     call     it meets data, in whatever way: its own backward gives each sample's gradient
+    hook     a gradient hook on what was picked: that is derived from the next forward on
     edit     no data is involved, and it writes into what was derived, or into a constant: that is derived from now on
     derive   no data is involved: what it returns is tracked, with its graph, in the parameters' place
 """
@@ -42,6 +43,8 @@ _MAKERS = frozenset(
     ]
 )
 
+_HOOKS = frozenset([torch.Tensor.register_hook])
+
 # What a way that does not fit returns, for None is a result.
 _UNFIT = object()
 
@@ -75,6 +78,7 @@ class Forward(TorchFunctionMode):
         self.token = torch.zeros((), requires_grad=True)
         self._tracked: dict[int, Tracked] = {}
         self._constants: dict[int, Tensor] = {}  # made in this forward from no data
+        self._wanted = {id(p) for p in capture.parameters.values()}
         self._turned: set[int] = set()  # sites that another way is to be tried for in the next forward
         self._counts: dict[tuple[str, tuple[str, ...]], int] = {}
         for name, source in capture.whole.items():
@@ -87,6 +91,7 @@ class Forward(TorchFunctionMode):
         self.taps.clear()
         self.unreached.clear()
         self._tracked.clear()
+        self._constants.clear()
 
     def run(self, objectives: Callable[[], Tensor]) -> Tensor:
         """Run the model; returns the objectives [N]."""
@@ -165,14 +170,17 @@ class Forward(TorchFunctionMode):
         names = tuple(name for source in used.values() for name in source.names)
         if _repeats_a_checkpoint():
             # It has to do what the first run did, and that was the same for all calls of its kind.
-            count = 1
-        else:
-            count = self._counts[call_name, names] = self._counts.get((call_name, names), 0) + 1
-            count = -count if self.in_sweep else count  # calls of the backward are other sites
+            alike = self.capture.alike.get(_kind(call_name, names, used, args, kwargs))
+            if alike is not None:
+                return alike
+        count = self._counts[call_name, names] = self._counts.get((call_name, names), 0) + 1
+        count = -count if self.in_sweep else count  # calls of the backward are other sites
         site = self.capture.sites.get((call_name, names, count))
         if site is None:
             ways = self._ways(func, used, args, kwargs)
             site = self.capture.sites[call_name, names, count] = Site(call_name, ways)
+        if _in_checkpoint():
+            self.capture.alike.setdefault(_kind(call_name, names, used, args, kwargs), site)
         return site
 
     def _ways(
@@ -182,8 +190,10 @@ class Forward(TorchFunctionMode):
             return ("open", "call")
         if func in LENDING and id(args[0]) not in used:
             return ("lend",)
+        if func in _HOOKS:
+            return ("hook",)
         others = [t for t in tensors_in([*args, *kwargs.values()]) if id(t) not in used]
-        meets_data = not all(id(t) in self._constants or id(t) in self.capture.constants for t in others)
+        meets_data = not all(self._is_constant(t) for t in others)
         if not meets_data and changes_its_arguments(func, kwargs):
             return ("edit",)
         known = [way for way, table in (("rule", RULES), ("select", SELECTIONS)) if func in table]
@@ -197,11 +207,21 @@ class Forward(TorchFunctionMode):
             known = [way for way in known if way == "select" or func is F.embedding]
         return (*known, "derive")
 
+    def _is_constant(self, t: Tensor) -> bool:
+        """Return whether a tensor was made from no data, and nothing that depends on a parameter is in it now.
+
+        A parameter that is wanted but not tracked takes the loop, whose graph must not be cut. Data without a gradient
+        may have been written into it: that is as good as a constant here.
+        """
+        if id(t) not in self._constants and id(t) not in self.capture.constants:
+            return False
+        return not t.requires_grad or (t.is_leaf and id(t) not in self._wanted)
+
     def _note_constant(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Remember what was made from no data. An error here costs time only: what is derived is exact anyway."""
         if func not in _MAKERS:
             for t in tensors_in(args if not kwargs else [*args, *kwargs.values()]):
-                if id(t) not in self._constants and id(t) not in self.capture.constants:
+                if not self._is_constant(t):
                     return
         for t in tensors_in(result):
             self._constants[id(t)] = t
@@ -268,6 +288,13 @@ class Forward(TorchFunctionMode):
             self._tracked.setdefault(id(t), Tracked.derived_from(names, t, site))
         return result
 
+    def _hook(self, func: Any, args: Any, kwargs: Any, used: Mapping[int, Tracked], site: Site) -> Any:
+        # A hook on a pick may change its gradient, which only a graph of its own shows. Those on parameters are left.
+        for source in used.values():
+            if not source.whole and not source.derived:
+                self._join(source.names)
+        return func(*args, **kwargs)
+
     def _edit(self, func: Any, args: Any, kwargs: Any, used: Mapping[int, Tracked], site: Site) -> Any:
         target = args[0] if args else None
         # Where others see the same memory, or a call has seen it before, one graph cannot stand for all that was seen.
@@ -285,6 +312,8 @@ class Forward(TorchFunctionMode):
         if target.requires_grad:
             self._join(names)  # from the next forward on, what was picked is derived
             self._tracked[id(target)] = Tracked.derived_from(names, target, site)
+        elif self._tracked.pop(id(target), None) is not None:
+            self._constants[id(target)] = target  # such as by detach_()
         return result
 
     def _join(self, names: Sequence[str]) -> None:
@@ -371,7 +400,7 @@ class Forward(TorchFunctionMode):
             if node == "CopySlices":
                 reason = "written in place into a tensor that holds data"
             else:
-                reason = f"used by {node}, which no torch function shows, such as a custom autograd.Function"
+                reason = f"used by {node} of the graph, behind no call that could be followed there"
             self.give_up(self.capture.whole[name], reason)
 
     def _turn_selections(self, name: str) -> bool:
@@ -415,6 +444,7 @@ _WAYS: dict[str, Callable[..., Any]] = {
     "select": Forward._select,
     "call": Forward._by_call,
     "edit": Forward._edit,
+    "hook": Forward._hook,
     "derive": Forward._derive,
 }
 
@@ -455,6 +485,19 @@ def _in_checkpoint() -> bool:
 
 def _repeats_a_checkpoint() -> bool:
     return _checkpoint_hook().startswith("_recomputation_hook")
+
+
+def _kind(
+    call_name: str, names: tuple[str, ...], used: Mapping[int, Tracked], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Hashable:
+    """Return what calls have in common that the repeat of a checkpoint takes for one another."""
+
+    def form(a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return "used" if id(a) in used else "data", a.shape
+        return tuple(form(item) for item in a) if isinstance(a, (tuple, list)) else type(a)
+
+    return call_name, names, form(tuple(args)), tuple((key, form(a)) for key, a in kwargs.items())
 
 
 @cache

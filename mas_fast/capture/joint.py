@@ -7,7 +7,8 @@ positions, and one kernel does it. Everything else has the gradients of some sam
 as the budget allows, one at least.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ def add_joint(
     samples: int,
     square: bool,
     budget: int,
+    watched: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Add Σ_n |Σ_uses g_n| of parameters that are joined by their uses.
 
@@ -64,6 +66,7 @@ def add_joint(
         samples: N.
         square: Σ_n (·)² instead of Σ_n |·|.
         budget: Bytes that the gradients of the samples at hand may take.
+        watched: Around backwards, in which activation checkpoints may run again.
     """
     first = uses[0]
     join = first.tap.join
@@ -81,14 +84,18 @@ def add_joint(
     at_once = max(1, min(samples, budget // max(1, sample_bytes)))
     for begin in range(0, samples, at_once):
         part = slice(begin, min(begin + at_once, samples))
-        gradients = _gradients(uses, derived, roots, part)
+        gradients = _gradients(uses, derived, roots, part, watched)
         for name, gradient in gradients.items():
             rows = gradient.reshape(len(gradient), 1, -1, 1)
             ops.accumulate_affine_(None, sums[name].view(-1), rows, square=square)
 
 
 def _gradients(
-    uses: Sequence[Use], derived: Mapping[int, Tensor], roots: Mapping[str, Tensor], part: slice
+    uses: Sequence[Use],
+    derived: Mapping[int, Tensor],
+    roots: Mapping[str, Tensor],
+    part: slice,
+    watched: Callable[[], AbstractContextManager[None]],
 ) -> dict[str, Tensor]:
     """Return name -> [n, *shape] of the samples in part."""
     of_roots: dict[str, Tensor] = {}
@@ -103,7 +110,7 @@ def _gradients(
             _put(of_roots, use.source.names[0], gradient)
     if of_derived:
         tensors = [derived[key] for key in of_derived]
-        for name, pulled in zip(roots, _pulled_back(tensors, list(of_derived.values()), roots), strict=True):
+        for name, pulled in zip(roots, _pulled_back(tensors, list(of_derived.values()), roots, watched), strict=True):
             if pulled is not None:
                 _put(of_roots, name, pulled)
     return of_roots
@@ -117,7 +124,10 @@ def _put(into: dict[Any, Tensor], key: object, gradient: Tensor) -> None:
 
 
 def _pulled_back(
-    tensors: Sequence[Tensor], gradients: Sequence[Tensor], roots: Mapping[str, Tensor]
+    tensors: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    roots: Mapping[str, Tensor],
+    watched: Callable[[], AbstractContextManager[None]],
 ) -> list[Tensor | None]:
     """Return Jᵀg of every sample: from gradients of derived tensors to those of the parameters they come from."""
     hooks = {name: root._backward_hooks for name, root in roots.items()}
@@ -131,7 +141,8 @@ def _pulled_back(
             # Of complex tensors, the real product in which torch's gradients are meant.
             products = [(t * g[sample].to(t.dtype).conj()).sum().real for g, t in zip(gradients, tensors, strict=True)]
             total = torch.stack(products).sum()
-            rows.append(torch.autograd.grad(total, list(roots.values()), retain_graph=True, allow_unused=True))
+            with watched():
+                rows.append(torch.autograd.grad(total, list(roots.values()), retain_graph=True, allow_unused=True))
     finally:
         for name, root in roots.items():
             root._backward_hooks = hooks[name]

@@ -101,8 +101,9 @@ class Fingerprint(NamedTuple):
             width = rows.shape[1]
             sums[axis] = rows @ (_kept_probe(width) if width <= 4096 else _probe(width)).to(rows)
             if scaled:
-                # 1.5 is the largest |probe|; the norm needs no |rows|, which would be as large as δ.
-                scales[axis] = 1.5 * torch.linalg.vector_norm(rows, 1, dim=1)
+                # 1.5 is the largest |probe|. A projection has the size of the Euclidean norm: by a larger measure, what
+                # leaks from another sample would seem small in wide rows.
+                scales[axis] = 1.5 * torch.linalg.vector_norm(rows, dim=1)
         return cls(sums, scales)
 
     def vanishes(self) -> bool:

@@ -88,6 +88,7 @@ class Capture:
         self.uses: dict[str, int] = dict.fromkeys(self.parameters, 0)
         self.joint: set[str] = set()  # names whose gradients are summed over several uses before |·|
         self.sites: dict[SiteKey, Site] = {}
+        self.alike: dict[Hashable, Site] = {}  # of calls in activation checkpoints, by what their repeats show
         self.disjoint: set[tuple[Hashable, str]] = set()  # (trace, name) of uses that share no entry
         self.explored: set[Hashable] = set()  # programs of which all taps are known, also those made in backwards
         self.batch_rows: int | None = None  # the first axis of all tensors of the batch, where that is known
