@@ -1,115 +1,145 @@
-"""How a MAS keeps Ω: as a floating-point tensor, or in 8 bits per weight; either in the place of its parameter."""
+"""How Ω and θ* are kept: in which dtype, 8 bits a weight among them, on which device, and spread over ranks how."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mas_fast.kernels.steps import decode_omega, encode_omega
-from mas_fast.sharding import is_sharded, local, placed_like, same_place
+from mas_fast.checks import DTYPES
+from mas_fast.reference_steps import BLOCK
+from mas_fast.sharding import is_sharded, local
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DeviceMesh
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.placement_types import Placement
 
-OMEGA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
+OMEGA_DTYPES = (*DTYPES, torch.uint8)
+STATE_DEVICES = ("cpu",)
 
 
-class Encoded(NamedTuple):
-    """Ω in 8 bits (`reference_steps.encode_omega`); of a DTensor, this rank's part.
+class Keeping(NamedTuple):
+    """How Ω and θ* are to be kept: the arguments of the same names of `MAS`; None for as they come."""
+
+    omega_dtype: torch.dtype | None = None
+    anchor_dtype: torch.dtype | None = None
+    state_device: str | None = None
+
+    def checked(self) -> Keeping:
+        """Return this.
+
+        Raises:
+            ValueError: A value is none of the allowed.
+        """
+        for argument, value, allowed in (
+            ("omega_dtype", self.omega_dtype, OMEGA_DTYPES),
+            ("anchor_dtype", self.anchor_dtype, DTYPES),
+            ("state_device", self.state_device, STATE_DEVICES),
+        ):
+            if value is not None and value not in allowed:
+                raise ValueError(f"{argument} must be None or one of {', '.join(map(str, allowed))}, got {value}")
+        return self
+
+    def omega(self, tensor: Tensor) -> Kept:
+        """Return Ω as it is kept, in its own memory where nothing has to be converted."""
+        return _kept(tensor, self.omega_dtype, self.state_device)
+
+    def anchor(self, tensor: Tensor) -> Kept:
+        """Return θ* as it is kept, in its own memory where nothing has to be converted."""
+        return _kept(tensor, self.anchor_dtype, self.state_device)
+
+    def codes(self, codes: Tensor, scales: Tensor, device: torch.device) -> Kept:
+        """Return Ω of a plain parameter on a device that was encoded before, as copies.
+
+        Args:
+            codes: uint8, in the shape of the parameter.
+            scales: float32 [⌈numel / 128⌉].
+            device: The parameter's.
+        """
+        copies = (t.detach().to(device, copy=True).contiguous() for t in (codes, scales))
+        values, numbers = (_at_rest(tensor, self.state_device) for tensor in copies)
+        return Kept(values, numbers)
+
+    def is_placed(self, kept: Kept, parameter: Tensor) -> bool:
+        """Return whether something is kept where its parameter wants it: on which device, and spread over ranks how."""
+        device = torch.device("cpu") if _rests_on_host(parameter, self.state_device) else parameter.device
+        if kept.values.device != device:
+            return False
+        ours, theirs = kept.spread, _spread_of(parameter)
+        return (ours and ours[:2]) == (theirs and theirs[:2])
+
+
+class Spread(NamedTuple):
+    """How the ranks' parts make a whole: what a DTensor says beyond its own part."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class Kept(NamedTuple):
+    """Ω or θ* of one parameter, or this rank's part of it. Nothing is written to the tensors.
 
     Attributes:
-        codes: uint8, flat.
-        scales: float32, one for each block of codes.
-        shape: Of the whole parameter.
-        local_shape: Of this rank's part.
-        spread: How it is spread over ranks; None if it is not.
+        values: Floating numbers or, of Ω in 8 bits, uint8 codes; in the shape of the part, contiguous.
+        scales: float32 [⌈numel / 128⌉] for codes, without elements for floating numbers.
+        spread: None for a tensor that is whole.
     """
 
-    codes: Tensor
+    values: Tensor
     scales: Tensor
-    shape: torch.Size
-    local_shape: torch.Size
-    spread: tuple[DeviceMesh, tuple[Placement, ...]] | None
+    spread: Spread | None = None
 
     @property
-    def device(self) -> torch.device:
-        """Where the codes are."""
-        return self.codes.device
+    def is_coded(self) -> bool:
+        """Whether these are codes."""
+        return self.values.dtype == torch.uint8
 
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the parameter."""
+        return self.values.shape if self.spread is None else self.spread.shape
 
-Kept = Tensor | Encoded
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory on this rank."""
+        return self.values.nbytes + self.scales.nbytes
 
+    @property
+    def checkable(self) -> Tensor:
+        """What is finite if all numbers are: of codes, the scales."""
+        return self.scales if self.is_coded else self.values
 
-def encode(omega: Tensor, dtype: torch.dtype | None) -> Kept:
-    """Return Ω as it is kept.
+    def tensor(self) -> Tensor:
+        """Return the numbers: a DTensor if they are spread, in float32 if they were coded."""
+        values = self.values
+        if self.is_coded:
+            values = torch.ops.mas_fast.decode_omega(values.flatten(), self.scales).view(values.shape)
+        if self.spread is None:
+            return values
+        from torch.distributed.tensor import DTensor
 
-    Args:
-        omega: Finite and non-negative.
-        dtype: torch.uint8 for 8 bits, or a floating dtype; None leaves it as it is.
-    """
-    if dtype != torch.uint8:
-        return omega if dtype is None else omega.to(dtype)
-    part = local(omega)
-    codes, scales = encode_omega(part)
-    spread = (omega.device_mesh, omega.placements) if is_sharded(omega) else None
-    return Encoded(codes, scales, omega.shape, part.shape, spread)
-
-
-def decode(kept: Kept) -> Tensor:
-    """Return Ω as a tensor: of the parameter's shape, spread over ranks as the parameter is."""
-    if isinstance(kept, Tensor):
-        return kept
-    part = decode_omega(kept.codes, kept.scales).view(kept.local_shape)
-    if kept.spread is None:
-        return part
-    from torch.distributed.tensor import DTensor
-
-    stride = torch.empty(kept.shape, device="meta").stride()
-    return DTensor.from_local(part, *kept.spread, run_check=False, shape=kept.shape, stride=stride)
-
-
-def kept_like(kept: Kept, like: Tensor) -> Kept:
-    """Return what is kept on the device of a parameter and spread as that is; itself if it is already."""
-    if isinstance(kept, Tensor):
-        return placed_like(kept, like)
-    if is_kept_like(kept, like):
-        return kept
-    spread = (like.device_mesh, like.placements) if is_sharded(like) else None
-    if spread == kept.spread:
-        return kept._replace(codes=kept.codes.to(like.device), scales=kept.scales.to(like.device))
-    return encode(placed_like(decode(kept), like), torch.uint8)
-
-
-def is_kept_like(kept: Kept, like: Tensor) -> bool:
-    """Return whether what is kept is on the device of a parameter and spread as that is."""
-    if isinstance(kept, Tensor):
-        return same_place(kept, like)
-    spread = (like.device_mesh, like.placements) if is_sharded(like) else None
-    return kept.device == like.device and kept.spread == spread
-
-
-def parts_of(kept: Kept) -> tuple[Tensor, Tensor]:
-    """Return what the kernels read: Ω or its codes, and its scales; of this rank, contiguous."""
-    if isinstance(kept, Encoded):
-        return kept.codes, kept.scales
-    part = local(kept).contiguous()
-    return part, part.new_empty(0, dtype=torch.float32)
+        mesh, placements, shape, stride = self.spread
+        values = values.to(mesh.device_type)
+        return DTensor.from_local(values, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 class Decoded(Mapping[str, Tensor]):
-    """Ω by name, decoded when it is looked at."""
+    """What is kept, by parameter name, as tensors of the parameters' shapes; codes are decoded on each access."""
 
-    def __init__(self, kept: Mapping[str, Kept], decode: Callable[[Kept], Tensor] = decode) -> None:
-        """Wrap what is kept."""
+    # A Mapping would compare by ==, which for tensors has no single truth value.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __init__(self, kept: Mapping[str, Kept]) -> None:
+        """Look at `kept`."""
         self._kept = kept
-        self._decode = decode
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._decode(self._kept[name])
+        return self._kept[name].tensor()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kept)
@@ -118,4 +148,38 @@ class Decoded(Mapping[str, Tensor]):
         return len(self._kept)
 
     def __repr__(self) -> str:
-        return f"<Ω of {', '.join(self._kept)}>"
+        return f"<{len(self)} tensors: {', '.join(self)}>"
+
+
+def scales_shape(codes: Tensor) -> list[int]:
+    """Return the shape that the scales of codes have."""
+    return [-(-codes.numel() // BLOCK)]
+
+
+def _rests_on_host(tensor: Tensor, state_device: str | None) -> bool:
+    return state_device == "cpu" and tensor.device.type == "cuda"
+
+
+def _at_rest(tensor: Tensor, state_device: str | None) -> Tensor:
+    if not _rests_on_host(tensor, state_device):
+        return tensor
+    # Pinned, so that kernels can read it from where it is.
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+
+
+def _kept(tensor: Tensor, dtype: torch.dtype | None, state_device: str | None) -> Kept:
+    part = local(tensor.detach()).detach()
+    scales = part.new_empty(0, dtype=torch.float32)
+    if dtype == torch.uint8:
+        # The op itself, without its checks: errors that one rank alone meets are the caller's to report.
+        codes, scales = torch.ops.mas_fast.encode_omega(part.float().contiguous())
+        values = codes.view(part.shape)
+    else:
+        values = part.to(dtype or part.dtype).contiguous()
+    return Kept(_at_rest(values, state_device), _at_rest(scales, state_device), _spread_of(tensor))
+
+
+def _spread_of(tensor: Tensor) -> Spread | None:
+    if not is_sharded(tensor):
+        return None
+    return Spread(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tensor.stride())

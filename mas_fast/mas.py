@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import math
-import numbers
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,20 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from mas_fast import storage
-from mas_fast.checks import bullets, list_mismatches, list_unusable
-from mas_fast.distributed import Ranks, trained_parameters
-from mas_fast.encoded import OMEGA_DTYPES, Decoded, Encoded, decode
+from mas_fast.distributed import Ranks, reshard, trained_parameters
+from mas_fast.encoded import Decoded, Keeping
 from mas_fast.importance import Importance
 from mas_fast.kernels.steps import Held
+from mas_fast.lam import Lam, checked_lam, lams_of
 from mas_fast.merge import check_merge
-from mas_fast.penalty import Plan
-from mas_fast.sharding import local, placed_like
-from mas_fast.state import Keeping, State, adapt, merge_into
+from mas_fast.penalty import add_penalty_grad_, penalty_by_parameter, penalty_value, traced_penalty_value
+from mas_fast.plan import Plan, nothing_holds
+from mas_fast.state import ENTRIES, TENSOR_ENTRIES, State, adapted, from_entries, merged
 
 KIND = "mas_fast.mas"
-STATE_ENTRIES = ("lam", "merge", "alpha", "meaning", "num_samples", "omega", "anchor")
-
-Lam = float | Mapping[str, float]
+STATE_ENTRIES = ("lam", "merge", "alpha", *ENTRIES)
 
 
 class MAS:
@@ -63,6 +58,7 @@ class MAS:
         alpha: float = 0.5,
         omega_dtype: torch.dtype | None = None,
         anchor_dtype: torch.dtype | None = None,
+        state_device: str | None = None,
     ) -> None:
         """Start without Ω: until `consolidate` the penalty is exactly 0.
 
@@ -75,6 +71,8 @@ class MAS:
                 error in L2 is below 0.5 % (zeros stay zeros). None keeps what the importance or a loaded state has.
             anchor_dtype: What θ* is kept in, such as torch.bfloat16, which rounds it. None is the parameter's own, or
                 what a loaded state has.
+            state_device: "cpu" keeps Ω and θ* of CUDA parameters in pinned host memory, from where each step reads
+                them. None keeps them beside their parameters.
 
         Raises:
             TypeError: `model` is no module or `lam` no number.
@@ -83,30 +81,32 @@ class MAS:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_merge(merge, alpha, argument="merge")
-        for argument, dtype, allowed in (
-            ("omega_dtype", omega_dtype, OMEGA_DTYPES),
-            ("anchor_dtype", anchor_dtype, OMEGA_DTYPES[:-1]),
-        ):
-            if dtype is not None and dtype not in allowed:
-                raise ValueError(f"{argument} must be one of {', '.join(map(str, allowed))}, got {dtype}")
         self.model = model
-        self.lam = lam
         self.merge = merge
         self.alpha = alpha
-        self._keeping = Keeping(omega_dtype, anchor_dtype)
+        self._keeping = Keeping(omega_dtype, anchor_dtype, state_device).checked()
         self._state = State()
         self._plan: Plan | None = None
         self._warned = False
+        self.lam = lam
 
     @property
     def lam(self) -> Lam:
-        """λ, the weight of the penalty, or λ by pattern."""
+        """λ, the weight of the penalty, or λ by pattern, of which the first that matches a name counts.
+
+        Raises:
+            TypeError: λ is no number, or a pattern no string.
+            ValueError: λ is negative or not finite, or no pattern matches a parameter with an Ω; all are listed.
+        """
         return MappingProxyType(self._lam) if isinstance(self._lam, dict) else self._lam
 
     @lam.setter
     def lam(self, value: Lam) -> None:
-        self._lam = _checked_lam(value)
-        self._lams: dict[str, float] = {}  # by name, made when it is needed
+        lam = checked_lam(value)
+        lams = lams_of(lam, self._state.omega)
+        self._lam = lam
+        if self._plan is not None:
+            self._plan.set_lams(lams)
 
     @property
     def omega_dtype(self) -> torch.dtype | None:
@@ -119,6 +119,11 @@ class MAS:
         return self._keeping.anchor_dtype
 
     @property
+    def state_device(self) -> str | None:
+        """Where Ω and θ* of CUDA parameters are kept; None for beside their parameters."""
+        return self._keeping.state_device
+
+    @property
     def omega(self) -> Mapping[str, Tensor]:
         """Ω by parameter name, decoded if it is kept in 8 bits; empty before `consolidate`. Not to be modified."""
         return Decoded(self._state.omega)
@@ -126,7 +131,7 @@ class MAS:
     @property
     def anchor(self) -> Mapping[str, Tensor]:
         """θ* by parameter name; empty before `consolidate`. Not to be modified."""
-        return MappingProxyType(self._state.anchor)
+        return Decoded(self._state.anchor)
 
     @property
     def state_bytes(self) -> int:
@@ -172,15 +177,12 @@ class MAS:
 
             importance = estimate_importance(self.model, data, **estimate_kwargs)
         parameters = trained_parameters(self.model)
-        state = merge_into(self._state, importance, self.model, parameters, self.merge, self.alpha, self._keeping)
-        self._lams_of(state)  # an error if λ leaves one out
-        kept = state.omega.values()
-        holds = any(bool((k.codes if isinstance(k, Encoded) else local(k)).any()) for k in kept)
-        if not any(Ranks.holding(state.anchor.values()).gather(holds)):
+        state = merged(self._state, self.model, parameters, importance, self._keeping, how=self.merge, alpha=self.alpha)
+        lams = lams_of(self._lam, state.omega)
+        holds = any(bool(kept.checkable.any()) for kept in state.omega.values())
+        if not any(Ranks.holding(parameters[name] for name in state.omega).gather(holds)):
             warnings.warn("the importance is 0 for every parameter: the penalty holds nothing", stacklevel=2)
-        self._set_state(state)
-        # Now, so that torch.compile finds it.
-        self._current_plan()
+        self._replace(state, parameters, lams)
         return importance
 
     def penalty(self) -> Tensor:
@@ -192,19 +194,24 @@ class MAS:
         Raises:
             ValueError: A parameter with an Ω is missing from the model or has another shape; all are listed.
         """
+        if torch.compiler.is_compiling():
+            return self._traced_penalty()
         plan = self._current_plan()
         if plan is None or not plan.groups:
             return self._zero().requires_grad_(torch.is_grad_enabled())
-        return plan.value()
+        return penalty_value(plan.groups, plan.dtype)
 
     def penalty_by_parameter(self) -> dict[str, float]:
         """Return λ Σ_ij Ω_ij (θ_ij − θ*_ij)² of each parameter that requires grad, as numbers for logging.
+
+        Their sum is that of `penalty`. Reading them waits for the device.
 
         Raises:
             ValueError: As `penalty`.
         """
         plan = self._current_plan()
-        return {} if plan is None else plan.values()
+        values = {} if plan is None else penalty_by_parameter(plan.groups)
+        return {name: values[name] for name in self._state.omega if name in values}
 
     def add_penalty_grad_(self) -> Tensor:
         """Add the penalty's gradient 2λΩ(θ − θ*) to `.grad` of each parameter in place, and return the penalty's value.
@@ -219,19 +226,14 @@ class MAS:
         Raises:
             ValueError: A parameter with an Ω is missing from the model or has another shape, or a `.grad` is sparse;
                 all are listed, and no `.grad` is changed.
-            FloatingPointError: A gradient in float16 overflowed.
+            FloatingPointError: Entries of float16 gradients overflowed, which are listed; the gradients are spoilt.
         """
+        if torch.compiler.is_compiling():
+            return self._untraced("add_penalty_grad_")
         plan = self._current_plan()
         if plan is None or not plan.groups:
             return self._zero()
-        grads = [(n, t.grad) for group in plan.groups for n, t in zip(group.names, group.thetas, strict=True)]
-        sparse = [name for name, grad in grads if grad is not None and grad.layout is not torch.strided]
-        if sparse:
-            raise ValueError(
-                f".grad must be dense to take a dense penalty, got sparse ones for {', '.join(map(repr, sparse))}: "
-                "build nn.Embedding with sparse=False, or leave it out of the importance"
-            )
-        return plan.add_grad()
+        return add_penalty_grad_(plan.groups, plan.dtype)
 
     def adapt(
         self, *, rename: Mapping[str, str] | None = None, drop: Iterable[str] = (), grow: Iterable[str] = ()
@@ -244,15 +246,15 @@ class MAS:
             rename: Old name -> new name.
             drop: Names whose Ω is forgotten, or patterns such as "head.*".
             grow: Names, after renaming, or patterns, of parameters that are larger now: Ω and θ* stay with the leading
-                corner, the old rows and columns; the new entries have Ω = 0.
+                corner, the old rows and columns; the new entries have Ω = 0, and θ* = θ now.
 
         Raises:
-            ValueError: A name fits nothing, or Ω does not fit the model even so; all is listed.
+            ValueError: A name fits nothing, Ω does not fit the model even so, or no pattern of λ matches a new name;
+                all is listed.
         """
         parameters = trained_parameters(self.model)
-        state = adapt(self._state, parameters, self._keeping, rename or {}, list(drop), list(grow))
-        self._lams_of(state)
-        self._set_state(state.placed(parameters))
+        state = adapted(self._state, parameters, self._keeping, rename=rename or {}, drop=drop, grow=grow)
+        self._replace(state, parameters, lams_of(self._lam, state.omega))
 
     def state_dict(self) -> dict[str, Any]:
         """Return λ, merge, alpha, the meaning of Ω, the samples per parameter, Ω and θ* as nested plain dicts.
@@ -260,19 +262,8 @@ class MAS:
         Ω in 8 bits is there as codes, in the shape of the parameter, and "scales"; of a DTensor, decoded. The tensors
         are this object's own, which it never writes to.
         """
-        state = self._state
-        small = {n: k for n, k in state.omega.items() if isinstance(k, Encoded) and k.spread is None}
-        whole = {n: decode(k) for n, k in state.omega.items() if n not in small}
-        return {
-            "lam": dict(self.lam) if isinstance(self.lam, Mapping) else self.lam,
-            "merge": self.merge,
-            "alpha": self.alpha,
-            "omega": {n: small[n].codes.view(small[n].shape) if n in small else whole[n] for n in state.omega},
-            "scales": {name: kept.scales for name, kept in small.items()},
-            "anchor": dict(state.anchor),
-            "num_samples": dict(state.num_samples),
-            "meaning": dict(state.meaning),
-        }
+        lam = dict(self._lam) if isinstance(self._lam, dict) else self._lam
+        return {"lam": lam, "merge": self.merge, "alpha": self.alpha, **self._state.entries()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; its tensors are copied. λ, merge and alpha are the state's.
@@ -286,35 +277,13 @@ class MAS:
         missing = [entry for entry in STATE_ENTRIES if entry not in state]
         if missing:
             raise ValueError(f"state must have the entries {', '.join(STATE_ENTRIES)}, it lacks {', '.join(missing)}")
-        lam = _checked_lam(state["lam"])
+        lam = checked_lam(state["lam"])
         check_merge(state["merge"], state["alpha"], argument="merge")
-        try:
-            omega = _decoded(state["omega"], state.get("scales", {}))
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"state must have scales that fit its codes of omega, got: {error}") from error
-        anchor, num_samples = state["anchor"], state["num_samples"]
         parameters = trained_parameters(self.model)
-        problems = list_mismatches(omega, parameters, where="the model")
-        problems += [f"the anchor of {line}" for line in list_mismatches(anchor, parameters, where="the model")]
-        problems += [f"{name!r} has an omega and no anchor" for name in omega if name not in anchor]
-        problems += [f"{name!r} has an anchor and no omega" for name in anchor if name not in omega]
-        problems += [f"{name!r} has an omega and no num_samples" for name in omega if name not in num_samples]
-        problems += list_unusable(omega, what="the omega of ", non_negative=True)
-        problems += list_unusable(anchor, what="the anchor of ")
-        if omega and sorted(state["meaning"]) != ["objective", "scope", "statistic"]:
-            problems.append(f"its meaning must state objective, scope and statistic, got {dict(state['meaning'])}")
-        if problems:
-            raise ValueError(f"state must fit the model, got mismatches:{bullets(problems)}")
-        loaded = State(
-            {n: self._keeping.omega(placed_like(omega[n].detach(), parameters[n]).clone()) for n in omega},
-            {n: self._keeping.anchor(placed_like(anchor[n].detach(), parameters[n])) for n in omega},
-            {name: int(num_samples[name]) for name in omega},
-            dict(state["meaning"]),
-        )
-        lams = _lams_by_name(lam, loaded.omega)
-        self.lam, self.merge, self.alpha = lam, state["merge"], state["alpha"]
-        self._set_state(loaded)
-        self._lams = lams
+        loaded = from_entries(state, parameters, self._keeping)
+        lams = lams_of(lam, loaded.omega)
+        self._replace(loaded, parameters, lams)
+        self._lam, self.merge, self.alpha = lam, state["merge"], state["alpha"]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to `path` as safetensors, atomically: an interrupted save leaves the old file as it was.
@@ -323,8 +292,7 @@ class MAS:
             FileNotFoundError: The folder of `path` does not exist.
         """
         state = self.state_dict()
-        kinds = ("omega", "scales", "anchor")
-        tensors = {f"{kind}.{name}": tensor for kind in kinds for name, tensor in state.pop(kind).items()}
+        tensors = {f"{kind}.{name}": tensor for kind in TENSOR_ENTRIES for name, tensor in state.pop(kind).items()}
         storage.write(path, KIND, tensors, {"state": json.dumps(state)})
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -336,7 +304,7 @@ class MAS:
                 listed); nothing is changed.
         """
         tensors, header = storage.read(path, KIND)
-        state: dict[str, Any] = {"omega": {}, "scales": {}, "anchor": {}}
+        state: dict[str, Any] = {kind: {} for kind in TENSOR_ENTRIES}
         try:
             state |= json.loads(storage.header_entry(header, "state", path))
             for key, tensor in tensors.items():
@@ -348,21 +316,14 @@ class MAS:
 
     def _fitting_parameters(self) -> dict[str, nn.Parameter]:
         parameters = trained_parameters(self.model)
-        problems = self._state.mismatches(parameters)
-        if problems:
-            raise ValueError(
-                "model must have every parameter that has an omega (MAS.adapt follows a changed model), got mismatches:"
-                f"{bullets(problems)}"
-            )
+        self._state.check_fits(parameters)
         return parameters
 
-    def _set_state(self, state: State) -> None:
-        self._state = state
-        self._plan = None
-        self._lams = {}
-
-    def _lams_of(self, state: State) -> dict[str, float]:
-        return _lams_by_name(self._lam, state.omega)
+    def _replace(self, state: State, parameters: Mapping[str, nn.Parameter], lams: Mapping[str, float]) -> None:
+        state = state.placed(parameters, self._keeping)
+        # Now, because torch.compile cannot trace how it is made.
+        plan = Plan(self.model, parameters, state, lams) if state.omega else None
+        self._state, self._plan = state, plan
 
     def _current_plan(self) -> Plan | None:
         """Return what the penalty is computed from; None, which is warned of once, without any Ω."""
@@ -372,23 +333,32 @@ class MAS:
                 # stacklevel 3 is the user's line that called penalty() or add_penalty_grad_().
                 warnings.warn("there is no importance before consolidate(): the penalty is exactly 0", stacklevel=3)
             return None
+        if self._plan is not None and self._plan.holds(self.model, self._state):
+            return self._plan
+        reshard(self.model)
+        if self._plan is None or not self._plan.holds(self.model, self._state):
+            self._replace(self._state, self._fitting_parameters(), lams_of(self._lam, self._state.omega))
+        return self._plan
+
+    def _traced_penalty(self) -> Tensor:
+        """Return the penalty without what torch.compile cannot trace; parameters are looked up in the model anew."""
+        if not self._state.omega:
+            return self._zero()
         plan = self._plan
-        if plan is None or not (torch.compiler.is_compiling() or plan.holds(self.model, self._state)):
-            parameters = self._fitting_parameters()
-            self._state = self._state.placed(parameters)
-            plan = self._plan = Plan(self.model, self._state, parameters)
-        if not self._lams:
-            self._lams = self._lams_of(self._state)
-        plan.set_lams(self._lams)
-        return plan
+        parameters = None if plan is None else plan.parameters_in(self.model)
+        if plan is None or parameters is None:
+            return self._untraced("penalty")
+        return traced_penalty_value(plan.groups, parameters) if plan.groups else self._zero()
+
+    # The public decorator imports the compiler.
+    @torch._disable_dynamo
+    def _untraced(self, method: str) -> Tensor:
+        return getattr(self, method)()
 
     def _held(self, parameters: Sequence[Tensor]) -> Held:
-        """Return what holds parameters of the model, for the optimizers; see `Plan.held`."""
+        """Return what holds parameters of the model, for the optimizers; see `Plan.held_for`."""
         plan = self._current_plan()
-        if plan is None:
-            none = [torch.empty(0)] * len(parameters)
-            return Held(none, none, none, [0.0] * len(parameters))
-        return plan.held(parameters, self._lams)
+        return nothing_holds(parameters) if plan is None else plan.held_for(parameters)
 
     def _unknown(self, parameters: Sequence[Tensor]) -> list[int]:
         """Return the indices of those parameters that are none of the model's, or have no Ω."""
@@ -398,44 +368,3 @@ class MAS:
     def _zero(self) -> Tensor:
         first = next(self.model.parameters(), torch.empty(()))
         return torch.zeros((), device=first.device, dtype=torch.promote_types(first.dtype, torch.float32))
-
-
-def _checked_lam(value: object) -> Lam:
-    if isinstance(value, Mapping):
-        return {str(pattern): _checked_number(number) for pattern, number in value.items()}
-    return _checked_number(value)
-
-
-def _checked_number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"lam must be a real number, got {value!r}")
-    lam = float(value)
-    if not (math.isfinite(lam) and lam >= 0):
-        raise ValueError(f"lam must be finite and at least 0, got {lam}")
-    return lam
-
-
-def _lams_by_name(lam: Lam, names: Iterable[str]) -> dict[str, float]:
-    """Return λ of each parameter.
-
-    Raises:
-        ValueError: No pattern fits some of them, which are listed.
-    """
-    if not isinstance(lam, Mapping):
-        return dict.fromkeys(names, lam)
-    found = {n: next((v for p, v in lam.items() if fnmatch.fnmatchcase(n, p)), None) for n in names}
-    missing = [repr(name) for name, value in found.items() if value is None]
-    if missing:
-        raise ValueError(
-            f"lam must have a pattern for every parameter with an omega, got none for {', '.join(missing)}"
-        )
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _decoded(omega: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    from mas_fast.kernels.steps import decode_omega
-
-    return {
-        name: decode_omega(tensor.flatten(), scales[name]).view(tensor.shape) if tensor.dtype == torch.uint8 else tensor
-        for name, tensor in omega.items()
-    }

@@ -1,196 +1,183 @@
-"""The penalty λ Σ_ij Ω_ij (θ_ij − θ*_ij)² on a model, laid out for the kernels: differentiable, or added to `.grad`.
+"""The penalty λ Σ_ij Ω_ij (θ_ij − θ*_ij)² over groups of parameters: differentiable, or its gradient added in place.
 
 Of DTensors each rank works on its own part, and only the parts' values are summed over the ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
-from mas_fast.encoded import parts_of
-from mas_fast.kernels import steps
-from mas_fast.kernels.steps import Held, check_held
-from mas_fast.sharding import is_sharded, local, splitting_groups
-from mas_fast.state import State
+from mas_fast.checks import bullets
+from mas_fast.kernels.steps import Held, contiguous, penalty
+from mas_fast.plan import Group
+from mas_fast.sharding import local, placed_like, same_place
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-
-class Group(NamedTuple):
-    """Parameters on one device, spread over the same ranks: one call of an op."""
-
-    names: list[str]
-    thetas: list[nn.Parameter]
-    held: Held
-    sharded: bool
-    groups: tuple[ProcessGroup, ...]  # in which ranks hold different parts
+_grad_of = attrgetter("grad")
+_dtype_of = attrgetter("dtype")
 
 
-class Plan:
-    """All that a step needs of a model and a state, found once and checked cheaply at every step.
+def penalty_value(groups: Sequence[Group], dtype: torch.dtype) -> Tensor:
+    """Return λ Σ Ω(θ − θ*)² as a 0-dim tensor, differentiable in θ.
 
-    Attributes:
-        state: What it was made of.
-        groups: The parameters that have an Ω and require grad.
-        dtype: Of the value: float64 if anything is, float32 otherwise.
+    Args:
+        groups: At least one.
+        dtype: Of the result.
     """
+    values = []
+    for group in groups:
+        thetas = [t if t.is_contiguous() else t.contiguous() for t in _parts(group, group.parameters)]
+        value = _Penalty.apply(group.held, *thetas).sum()
+        values.append(_SumOverRanks.apply(value, group.ranks) if group.ranks else value)
+    return _total(values, dtype)
 
-    def __init__(self, model: nn.Module, state: State, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Lay out the parameters that have an Ω.
 
-        Args:
-            model: What the parameters are in.
-            state: Ω and θ*, placed as the parameters are.
-            parameters: By name; every Ω has one of its shape.
-        """
-        self.state = state
-        thetas = [parameters[name] for name in state.omega]
-        found: dict[tuple[object, ...], Group] = {}
-        self._rows: dict[int, tuple[Tensor, Tensor, Tensor, str]] = {}
-        wide = False
-        for (name, kept), theta in zip(state.omega.items(), thetas, strict=True):
-            omega, scale = parts_of(kept)
-            anchor = local(state.anchor[name]).contiguous()
-            self._rows[id(theta)] = omega, scale, anchor, name
-            if not theta.requires_grad:
-                continue
-            wide |= torch.float64 in (theta.dtype, omega.dtype, anchor.dtype)
-            spread = splitting_groups(theta)
-            group = found.setdefault(
-                (theta.device, is_sharded(theta), spread),
-                Group([], [], Held([], [], [], []), is_sharded(theta), spread),
-            )
-            group.names.append(name)
-            group.thetas.append(theta)
-            group.held.omegas.append(omega)
-            group.held.scales.append(scale)
-            group.held.anchors.append(anchor)
-            group.held.lams.append(0.0)
-        self.groups = list(found.values())
-        for group in self.groups:
-            check_held([local(theta) for theta in group.thetas], group.held)
-        self.dtype = torch.float64 if wide else torch.float32
-        self._model = model
-        self._thetas = thetas
-        self._features = _features(thetas)
-        # Where each parameter hangs: whoever exchanges a module or a parameter breaks a link.
-        self._links = [
-            (holder, key, value)
-            for module in model.modules()
-            for holder in (module._modules, module._parameters)
-            for key, value in holder.items()
-            if value is not None
-        ]
-        self._lams: dict[str, float] = {}
+def traced_penalty_value(groups: Sequence[Group], parameters: Sequence[Tensor]) -> Tensor:
+    """Return what `penalty_value` does, by what torch.compile can trace, and without λ as constants of the graph.
 
-    def holds(self, model: nn.Module, state: State) -> bool:
-        """Return whether the model and the state are as they were."""
-        return (
-            self._model is model
-            and self.state is state
-            and all(holder.get(key) is value for holder, key, value in self._links)
-            and _features(self._thetas) == self._features
+    Args:
+        groups: At least one, none of them spread over ranks.
+        parameters: What `Plan.parameters_in` found.
+    """
+    values = []
+    dtype = torch.float32
+    for group in groups:
+        thetas = [parameters[index] for index in group.indices]
+        held = group.held._replace(lams=[1.0] * len(thetas))
+        values.append((penalty(thetas, held) * group.lams).sum())
+        if any(tensor.dtype == torch.float64 for tensor in (*thetas, *held.omegas)):
+            dtype = torch.float64
+    return _total(values, dtype)
+
+
+@torch.no_grad()
+def penalty_by_parameter(groups: Sequence[Group]) -> dict[str, float]:
+    """Return λ Σ Ω(θ − θ*)² of each parameter by its name."""
+    found: dict[str, float] = {}
+    for group in groups:
+        with contiguous(_parts(group, group.parameters)) as thetas:
+            sums = torch.ops.mas_fast.penalty_grad_([], thetas, *group.held)
+        found |= zip(group.names, _sum_over_ranks(sums, group.ranks)[:, 0].tolist(), strict=True)
+    return found
+
+
+@torch.no_grad()
+def add_penalty_grad_(groups: Sequence[Group], dtype: torch.dtype) -> Tensor:
+    """Add 2λΩ(θ − θ*) to the `.grad` of every θ, creating it where it is missing, and return what `penalty_value` does.
+
+    Args:
+        groups: At least one.
+        dtype: Of the result.
+
+    Raises:
+        ValueError: A `.grad` is sparse; nothing is changed.
+        FloatingPointError: Entries of float16 gradients overflowed.
+    """
+    _check_dense(groups)
+    values = []
+    for group in groups:
+        grads = _gradients(group)
+        with (
+            contiguous(_parts(group, group.parameters)) as thetas,
+            contiguous(_parts(group, grads), written=True) as flat,
+        ):
+            sums = torch.ops.mas_fast.penalty_grad_(flat, thetas, *group.held)
+        # Kernels write past autograd, which must still refuse a backward through a graph that needs the old gradient.
+        torch.autograd.graph.increment_version(grads)
+        total = _sum_over_ranks(sums.sum(0), group.ranks)
+        # To look at it is to wait for the device, which only the dtype that overflows in practice is worth.
+        if torch.float16 in map(_dtype_of, grads) and total[1] > 0:
+            _refuse_overflow(group, grads, sums[:, 1].tolist())
+        values.append(total[0])
+    return _total(values, dtype)
+
+
+def _parts(group: Group, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [local(tensor) for tensor in tensors] if group.is_sharded else tensors
+
+
+def _total(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value.to(total.device, non_blocking=True)
+    return total.to(dtype)
+
+
+def _check_dense(groups: Sequence[Group]) -> None:
+    sparse = [
+        name
+        for group in groups
+        for name, grad in zip(group.names, map(_grad_of, group.parameters), strict=True)
+        if grad is not None and grad.layout is not torch.strided
+    ]
+    if sparse:
+        raise ValueError(
+            f".grad must be dense to take a dense penalty, got sparse ones for {', '.join(map(repr, sparse))}: "
+            "build nn.Embedding with sparse=False, or leave it out of the importance"
         )
 
-    def set_lams(self, lams: Mapping[str, float]) -> None:
-        """Put λ of every parameter in its place."""
-        if lams is self._lams:
-            return
-        self._lams = dict(lams)
-        for group in self.groups:
-            group.held.lams[:] = [lams[name] for name in group.names]
 
-    def held(self, parameters: Sequence[Tensor], lams: Mapping[str, float]) -> Held:
-        """Return what holds parameters of the model; entries without elements and λ = 0 where nothing does.
-
-        Nothing holds those that require no grad, as in `value`.
-        """
-        none = torch.empty(0)
-        free = (none, none, none, "")
-        rows = [self._rows.get(id(p), free) if p.requires_grad else free for p in parameters]
-        return Held(
-            [row[0] for row in rows],
-            [row[1] for row in rows],
-            [row[2] for row in rows],
-            [lams[row[3]] if row[3] else 0.0 for row in rows],
-        )
-
-    def unknown(self, parameters: Sequence[Tensor]) -> list[int]:
-        """Return the indices of those that have no Ω."""
-        return [index for index, parameter in enumerate(parameters) if id(parameter) not in self._rows]
-
-    def values(self) -> dict[str, float]:
-        """Return the penalty of each parameter; of DTensors all ranks must call this."""
-        found: dict[str, float] = {}
-        for group in self.groups:
-            own = steps.penalty([local(theta.detach()) for theta in group.thetas], group.held)
-            found |= zip(group.names, _SumOverRanks.apply(own, group.groups).tolist(), strict=True)
-        return {name: found[name] for name in self.state.omega if name in found}
-
-    def value(self) -> Tensor:
-        """Return λ Σ Ω(θ − θ*)² as a 0-dim tensor, differentiable in θ."""
-        return self._total([steps.penalty(_parts(group.thetas, group), group.held).sum() for group in self.groups])
-
-    @torch.no_grad()
-    def add_grad(self) -> Tensor:
-        """Add 2λΩ(θ − θ*) to the `.grad` of every θ, creating it where it is missing, and return what `value` does.
-
-        Raises:
-            FloatingPointError: A float16 gradient overflowed; all such are listed. They hold inf.
-        """
-        totals = []
-        for group in self.groups:
-            for theta in group.thetas:
-                if theta.grad is None:
-                    theta.grad = torch.zeros_like(theta)
-            grads: list[Tensor] = [theta.grad for theta in group.thetas]  # type: ignore[misc]
-            sums = steps.add_penalty_grad_(_parts(grads, group), _parts(group.thetas, group), group.held)
-            if any(grad.dtype == torch.float16 for grad in grads):
-                _check_overflow(group.names, grads, sums[:, 1])
-            totals.append(sums[:, 0].sum())
-        return self._total(totals)
-
-    def _total(self, values: list[Tensor]) -> Tensor:
-        """Return the sum of the groups' values; those of DTensors are this rank's, and summed over the ranks first."""
-        sums = [_SumOverRanks.apply(v, g.groups) if g.groups else v for v, g in zip(values, self.groups, strict=True)]
-        total = sums[0] if len(sums) == 1 else torch.stack([value.to(sums[0].device) for value in sums]).sum()
-        return total.to(self.dtype)
+def _gradients(group: Group) -> list[Tensor]:
+    """Return gradients that can be written to, after making those that are missing."""
+    grads = [*map(_grad_of, group.parameters)]
+    for index, (parameter, grad) in enumerate(zip(group.parameters, grads, strict=True)):
+        if grad is None:
+            grads[index] = parameter.grad = torch.zeros_like(parameter)
+        elif not grad.is_contiguous() and 0 in grad.stride():
+            # Expanded: its entries share memory.
+            grads[index] = parameter.grad = grad.clone(memory_format=torch.contiguous_format)
+        elif group.is_sharded and not same_place(grad, parameter):
+            # A sum that the ranks have yet to form.
+            grads[index] = parameter.grad = placed_like(grad, parameter)
+    return grads
 
 
-def _features(thetas: Iterable[Tensor]) -> list[tuple[object, ...]]:
-    return [(theta.shape, theta.dtype, theta.device, theta.requires_grad) for theta in thetas]
+def _refuse_overflow(group: Group, grads: Sequence[Tensor], lost: Sequence[float]) -> None:
+    rows = zip(group.names, grads, lost, strict=True)
+    lines = [f"{name!r} has {count:.0f} of {grad.numel()} in {grad.dtype}" for name, grad, count in rows if count]
+    raise FloatingPointError(
+        "2 lam Omega (theta - theta*) must fit into the gradients, got entries that overflowed:"
+        f"{bullets(lines or ['those of other ranks'])}\n"
+        "the gradients are spoilt: zero them and lower lam, or keep the parameters in float32, with autocast, or in "
+        "bfloat16"
+    )
 
 
-def _parts(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
-    return [local(tensor) for tensor in tensors] if group.sharded else list(tensors)
-
-
-def _check_overflow(names: Sequence[str], grads: Sequence[Tensor], lost: Tensor) -> None:
-    counts = zip(names, grads, lost.tolist(), strict=True)
-    over = [f"{name!r} ({int(count)})" for name, grad, count in counts if count and grad.dtype == torch.float16]
-    if over:
-        raise FloatingPointError(
-            f"the penalty's gradient 2λΩ(θ − θ*) must fit float16, got inf in the .grad of {', '.join(over)}: lower "
-            "lam, train in bfloat16 or float32, or use mas_fast.optim, which adds it in float32"
-        )
+def _sum_over_ranks(value: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
+    for group in groups:
+        dist.all_reduce(value, group=group)
+    return value
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum of values over ranks, each of which differentiates its own part alone."""
+    """Sum of a value over ranks, each of which differentiates its own part alone."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, groups: tuple[ProcessGroup, ...]) -> Tensor:
-        total = value.clone()
-        for group in groups:
-            dist.all_reduce(total, group=group)
-        return total
+        return _sum_over_ranks(value.clone(), groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+class _Penalty(torch.autograd.Function):
+    """The op `penalty` for eager mode: PyTorch's own way to differentiate an op of lists takes ten times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, held: Held, *thetas: Tensor) -> Tensor:
+        ctx.held = held
+        ctx.save_for_backward(*thetas)
+        return torch.ops.mas_fast.penalty_grad_([], thetas, *held)[:, 0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return None, *torch.ops.mas_fast.penalty_grad(gradient, list(ctx.saved_tensors), *ctx.held)

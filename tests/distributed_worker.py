@@ -17,12 +17,13 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import mas_fast
 from mas_fast import CaptureError, Importance
 from mas_fast.distributed import Ranks
 from mas_fast.errors import LoopWarning
+from mas_fast.kernels.steps import decode_omega, encode_omega
 
 WORLD = 4
 SAMPLES = 13
@@ -587,6 +588,119 @@ def mas_follows_its_model(size):
     assert float(value.detach()) == 0.0
     for name, tensor in mas.omega.items():
         assert isinstance(tensor, DTensor) and torch.equal(whole(tensor), omega[name])
+
+
+SMALL = {"omega_dtype": torch.uint8, "anchor_dtype": torch.bfloat16}
+
+
+def coded(tensor):
+    """Return what 8 bits keep of a tensor, of a DTensor by parts."""
+    part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    decoded = decode_omega(*encode_omega(part)).view(part.shape)
+    if not isinstance(tensor, DTensor):
+        return decoded
+    return DTensor.from_local(
+        decoded, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def mas_in_few_bytes(size, folder):
+    """Codes are of each rank's part; they are saved whole, and come back as they were, or sharded otherwise."""
+    model = shards(make("net")[0], size)
+    mas, exact = mas_fast.MAS(model, lam=0.7, **SMALL), mas_fast.MAS(model, lam=0.7)
+    exact.consolidate(mas.consolidate(mine(make("net")[1], SPREAD[size])))
+    for name, omega in exact.omega.items():
+        assert mas.omega[name].placements == omega.placements
+        assert torch.equal(mas.omega[name].to_local(), coded(omega).to_local())
+    numel = sum(parameter.to_local().numel() for name, parameter in model.named_parameters() if name in exact.omega)
+    assert mas.state_bytes <= 3 * numel + 4 * len(exact.omega) and exact.state_bytes == 8 * numel
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.5
+    value = mas.add_penalty_grad_()
+    expected = 0.0
+    for name, parameter in model.named_parameters():
+        if name in mas.omega:
+            omega, difference = whole(mas.omega[name]), whole(parameter.detach()) - whole(mas.anchor[name])
+            expected += 0.7 * (omega * difference.square()).sum()
+            assert relative_error(whole(parameter.grad), 1.4 * omega * difference) <= 1e-6
+    assert relative_error(value, expected) <= 1e-6
+    assert relative_error(torch.tensor(sum(mas.penalty_by_parameter().values())), expected) <= 1e-6
+
+    path = Path(folder) / "mas.safetensors"
+    mas.save(path)
+    loaded, plain = mas_fast.MAS(model, **SMALL), mas_fast.MAS(make("net")[0], **SMALL)
+    loaded.load(path)
+    plain.load(path)
+    other = mas_fast.MAS(fully_shard(make("net")[0], mesh=MESHES[2]), **SMALL) if dist.get_rank() < 2 else None
+    if other is not None:
+        other.load(path)
+    for name, omega in mas.omega.items():
+        assert torch.equal(loaded.omega[name].to_local(), omega.to_local())
+        # Decoded, and encoded in other blocks.
+        assert torch.equal(plain.omega[name], coded(whole(omega)))
+        if other is not None:
+            assert relative_error(whole(other.omega[name]), plain.omega[name]) <= 1e-2
+    loaded.load_state_dict(mas.state_dict())
+    assert all(torch.equal(loaded.omega[name].to_local(), o.to_local()) for name, o in mas.omega.items())
+    again = mas_fast.MAS(model, **SMALL)
+    again.load_state_dict(plain.state_dict())
+    assert all(torch.equal(whole(again.omega[name]), whole(coded(o))) for name, o in sharded_like(plain, model).items())
+
+
+def sharded_like(mas, model):
+    return Importance(dict(mas.omega), 1).to_sharding(model)
+
+
+def mas_adapts(size):
+    """A sharded head grows."""
+    plain, data = make("net")
+    model = shards(plain, size)
+    mas = mas_fast.MAS(model)
+    mas.consolidate(mine(data, SPREAD[size]))
+    before = wholes(mas.omega), wholes(mas.anchor)
+    raises(lambda: mas.adapt(rename={"none": "head.bias"}), ValueError, "rename has 'none'")
+    torch.manual_seed(3)
+    larger = make("net")[0]
+    larger.head = nn.Linear(3, 4)
+    expected = larger.head.weight.detach().clone()
+    mas.model = shards(larger, size)
+    raises(mas.penalty, ValueError, "'head.weight' has shape [1, 3], the model has [4, 3]")
+    mas.adapt(grow=["head.*"])
+    omega, anchor = whole(mas.omega["head.weight"]), whole(mas.anchor["head.weight"])
+    assert torch.equal(omega, nn.functional.pad(before[0]["head.weight"], (0, 0, 0, 3)))
+    assert torch.equal(anchor[:1], before[1]["head.weight"]) and torch.equal(anchor[1:], expected[1:])
+    mas.add_penalty_grad_()
+    assert larger.head.weight.grad.placements == larger.head.weight.placements
+
+
+def mas_overflows_together(size):
+    """An overflow of float16 in the part of one rank is an error on all."""
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(4, size, bias=False).half(), mesh=MESHES[size])
+    mas = mas_fast.MAS(model)
+    omega = torch.zeros(size, 4)
+    omega[1, 2] = 1e5
+    mas.consolidate(Importance({"weight": omega}, 1))
+    with torch.no_grad():
+        model.weight += 1.0
+    message = "'weight' has 1 of" if dist.get_rank() == 1 else "those of other ranks"
+    raises(mas.add_penalty_grad_, FloatingPointError, message)
+
+
+def mas_with_gradients_yet_to_be_summed(size):
+    """A gradient that is a sum over ranks, not yet formed, gets the penalty once."""
+    mesh = MESHES[size]
+    model = nn.Linear(3, 2, bias=False)
+    model.weight = nn.Parameter(DTensor.from_local(torch.zeros(2, 3), mesh, [Replicate()]))
+    mas = mas_fast.MAS(model, lam=0.5)
+    mas.consolidate(Importance({"weight": torch.ones(2, 3)}, 1))
+    with torch.no_grad():
+        model.weight += 1.0
+    model.weight.grad = DTensor.from_local(torch.ones(2, 3), mesh, [Partial()])
+    assert mas.add_penalty_grad_().item() == 3.0
+    assert torch.equal(whole(model.weight.grad), torch.full((2, 3), size + 1.0))
 
 
 def mas_with_a_parameter_left_out(size):

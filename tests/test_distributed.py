@@ -200,6 +200,22 @@ def test_mas_follows_its_model(run):
     run("mas_follows_its_model", 2)
 
 
+def test_mas_in_few_bytes(run, tmp_path):
+    run("mas_in_few_bytes", 3, folder=str(tmp_path))
+
+
+def test_mas_adapts(run):
+    run("mas_adapts", 3)
+
+
+def test_mas_overflows_together(run):
+    run("mas_overflows_together", 2)
+
+
+def test_mas_with_gradients_yet_to_be_summed(run):
+    run("mas_with_gradients_yet_to_be_summed", 2)
+
+
 def test_one_rank_shows_progress(run):
     run("shows_progress_once", 2)
 

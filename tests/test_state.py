@@ -1,355 +1,462 @@
-"""How a MAS keeps Ω and θ*, follows a model that changes, and works inside of training steps of many kinds."""
+"""How Ω and θ* are kept: in few bytes, merged, saved and loaded in any dtype, and adapted to a model that changes."""
+
+import json
+import math
+import re
 
 import pytest
 import torch
 from compare import relative_error
 from torch import nn
 
-import mas_fast
-from mas_fast import MAS, Importance
-from mas_fast.kernels import ops, steps
+from mas_fast import mas as mas_module
+from mas_fast import storage
+from mas_fast.importance import Importance
+from mas_fast.kernels.steps import decode_omega, encode_omega
+from mas_fast.mas import MAS
 
-LAM = 0.3
-STATES = {
-    "float32": {},
+FORMS = {
+    "default": {},
+    "float32": {"omega_dtype": torch.float32},
+    "float64": {"omega_dtype": torch.float64, "anchor_dtype": torch.float64},
     "bfloat16": {"omega_dtype": torch.bfloat16, "anchor_dtype": torch.bfloat16},
     "float16": {"omega_dtype": torch.float16},
-    "8-bit": {"omega_dtype": torch.uint8, "anchor_dtype": torch.bfloat16},
-    "8-bit, own θ*": {"omega_dtype": torch.uint8},
+    "8 bits": {"omega_dtype": torch.uint8, "anchor_dtype": torch.bfloat16},
 }
+EVERY_FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+SHAPES = {"fc.weight": (9, 31), "fc.bias": (9,), "head.weight": (4, 9), "head.bias": (4,)}
 
 
-class Bag(nn.Module):
-    """Parameters without a forward."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor))
+def net(features=9, classes=4, seed=0):
+    torch.manual_seed(seed)
+    return nn.ModuleDict({"fc": nn.Linear(31, features), "head": nn.Linear(features, classes)})
 
 
-def problem(shapes=((40, 30), (7,), (300,)), dtype=torch.float32, **state):
-    """Return a model off its anchor, its MAS, and Ω and θ* as they were handed in."""
-    torch.manual_seed(0)
-    model = Bag({f"p{i}": torch.randn(shape).to(dtype) for i, shape in enumerate(shapes)})
-    omegas = {name: (torch.randn(p.shape) * torch.randn(p.shape)).abs() for name, p in model.named_parameters()}
-    mas = MAS(model, LAM, **state)
-    mas.consolidate(Importance(omegas, 3))
-    anchors = {name: p.detach().clone() for name, p in model.named_parameters()}
-    move(model)
-    return model, mas, omegas, anchors
+def importance(seed=1, num_samples=3, shapes=SHAPES, zero=7):
+    """Return a heavy-tailed Ω with exact zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    omegas = {}
+    for name, shape in shapes.items():
+        omega = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator)
+        omega.view(-1)[::zero] = 0
+        omegas[name] = omega.abs()
+    return Importance(omegas, num_samples)
 
 
-def move(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape).to(parameter)
+def learned(model=None, **arguments):
+    mas = MAS(net() if model is None else model, lam=0.3, **arguments)
+    mas.consolidate(importance())
+    return mas
 
 
-def formula(model, omegas, anchors, lam=LAM):
-    """Return the value and the gradients of the penalty in float64."""
-    value, gradients = 0.0, {}
-    for name, p in model.named_parameters():
-        d = p.detach().double() - anchors[name].double()
-        value += lam * float((omegas[name].double() * d * d).sum())
-        gradients[name] = 2 * lam * omegas[name].double() * d
-    return value, gradients
+def coded(omega):
+    return decode_omega(*encode_omega(omega)).view(omega.shape)
 
 
-def assert_gradients(model, expected, tolerance):
-    for name, p in model.named_parameters():
-        assert relative_error(p.grad, expected[name]) <= tolerance, name
+def as_kept(omega, form):
+    dtype = form.get("omega_dtype")
+    return omega if dtype is None else coded(omega) if dtype == torch.uint8 else omega.to(dtype)
 
 
-@pytest.mark.parametrize("shapes", [((3, 4),), ((8, 96),) * 700, ((500, 300),) * 5], ids=["one", "many", "large"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_value_and_gradients_are_the_formula(shapes, dtype):
-    model, mas, omegas, anchors = problem(shapes, dtype)
-    value, gradients = formula(model, omegas, anchors)
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
-    assert float(mas.add_penalty_grad_()) == pytest.approx(value, rel=tolerance)
-    assert_gradients(model, gradients, tolerance)
-    model.zero_grad()
-    penalty = mas.penalty()
-    penalty.backward()
-    assert penalty.item() == pytest.approx(value, rel=tolerance) and penalty.dtype == dtype
-    assert_gradients(model, gradients, tolerance)
-    assert sum(mas.penalty_by_parameter().values()) == pytest.approx(value, rel=tolerance)
+def snapshot(mas):
+    return mas._state, mas._plan, mas.lam, {name: omega.clone() for name, omega in mas.omega.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_parameters(dtype):
-    model, mas, omegas, anchors = problem(dtype=dtype)
-    value, gradients = formula(model, omegas, anchors)
-    assert float(mas.add_penalty_grad_()) == pytest.approx(value, rel=1e-6)
-    assert_gradients(model, gradients, torch.finfo(dtype).eps)
+def assert_unchanged(mas, before):
+    state, plan, lam, omegas = before
+    assert mas._state is state and mas._plan is plan and mas.lam == lam
+    assert all(torch.equal(mas.omega[name], omega) for name, omega in omegas.items())
 
 
-def test_dtypes_may_be_mixed_in_one_model():
-    torch.manual_seed(0)
-    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
-    model = Bag({f"p{i}": torch.randn(50).to(dtype) for i, dtype in enumerate(dtypes)})
-    omegas = {name: torch.rand(50) for name, _ in model.named_parameters()}
-    mas = MAS(model, LAM)
-    mas.consolidate(Importance(omegas, 1))
-    anchors = {name: p.detach().clone() for name, p in model.named_parameters()}
-    move(model)
-    value, gradients = formula(model, omegas, anchors)
-    result = mas.add_penalty_grad_()
-    assert result.dtype == torch.float64 and float(result) == pytest.approx(value, rel=1e-6)
-    for (name, p), dtype in zip(model.named_parameters(), dtypes, strict=True):
-        assert relative_error(p.grad, gradients[name]) <= max(1e-7, torch.finfo(dtype).eps)
+def assert_same_numbers(actual, expected):
+    for kind in ("omega", "anchor"):
+        ours, theirs = getattr(actual, kind), getattr(expected, kind)
+        assert list(ours) == list(theirs)
+        for name in ours:
+            assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]), (kind, name)
 
 
-@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
-def test_small_states(state):
-    model, mas, omegas, _ = problem(((60, 70), (1000,), (5,)), **state)
-    for name, omega in omegas.items():
-        assert relative_error(mas.omega[name], omega) <= 0.005
-    # What is kept is what is applied, to rounding.
-    value, gradients = formula(model, mas.omega, mas.anchor)
-    assert float(mas.add_penalty_grad_()) == pytest.approx(value, rel=1e-6)
-    assert_gradients(model, gradients, 1e-6)
+class TestForms:
+    @EVERY_FORM
+    def test_what_is_kept(self, form):
+        mas, given = learned(**form), importance()
+        for name, parameter in mas.model.named_parameters():
+            omega, anchor = mas.omega[name], mas.anchor[name]
+            assert torch.equal(omega, as_kept(given[name], form)) and omega.shape == parameter.shape
+            assert bool((omega[given[name] == 0] == 0).all())
+            assert anchor.dtype == form.get("anchor_dtype", torch.float32)
+            assert torch.equal(anchor, parameter.detach().to(anchor.dtype))
 
-
-def test_bytes_of_the_states():
-    entries = 256 * 200
-    sizes = {name: problem(((256, 200),), **state)[1].state_bytes / entries for name, state in STATES.items()}
-    expected = {"float32": 8, "bfloat16": 4, "float16": 6, "8-bit": 3 + 1 / 32, "8-bit, own θ*": 5 + 1 / 32}
-    assert sizes == expected
-
-
-@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
-def test_tasks_add_up_in_float32(state):
-    model, mas, omegas, _ = problem(**state)
-    more = {name: torch.rand(omega.shape) * 3 for name, omega in omegas.items()}
-    before = {name: mas.omega[name].float() for name in omegas}
-    mas.consolidate(Importance(more, 2))
-    for name in omegas:
-        # One rounding of the sum of what was kept and what is new.
-        assert relative_error(mas.omega[name], before[name] + more[name]) <= 0.005
-        assert torch.equal(
-            mas.anchor[name].float(), dict(model.named_parameters())[name].detach().to(mas.anchor[name]).float()
-        )
-
-
-@pytest.mark.parametrize("kept", STATES.values(), ids=STATES)
-@pytest.mark.parametrize("loaded", STATES.values(), ids=STATES)
-def test_saved_states_load_into_any_other(kept, loaded, tmp_path):
-    model, mas, omegas, _ = problem(**kept)
-    mas.save(tmp_path / "state")
-    other = MAS(model, **loaded)
-    other.load(tmp_path / "state")
-    for name in omegas:
-        assert relative_error(other.omega[name], mas.omega[name]) <= (0.0 if kept == loaded else 0.005)
-        assert relative_error(other.anchor[name], mas.anchor[name]) <= (0.0 if kept == loaded else 0.004)
-    # What is not said is kept as it was saved, Ω in 8 bits as float32.
-    dtypes = {"omega_dtype": torch.float32, "anchor_dtype": torch.float32} | kept
-    if dtypes["omega_dtype"] == torch.uint8:
-        dtypes["omega_dtype"] = torch.float32
-    assert other.state_bytes == bytes_of(model, dtypes | loaded)
-    again = MAS(model, **kept)
-    again.load_state_dict(mas.state_dict())
-    assert again.penalty().item() == mas.penalty().item()
-
-
-def bytes_of(model, state):
-    mas = MAS(model, **state)
-    mas.consolidate(Importance({name: torch.rand(p.shape) for name, p in model.named_parameters()}, 1))
-    return mas.state_bytes
-
-
-def test_eight_bits_on_the_importance_of_a_network():
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 16, 10)
+    @pytest.mark.parametrize(
+        ("form", "expected"), [({}, 8.0), (FORMS["bfloat16"], 4.0), (FORMS["8 bits"], 3.1)], ids=["8", "4", "3.1"]
     )
-    importance = mas_fast.estimate_importance(model, [torch.randn(32, 1, 8, 8)])
-    for omega in importance.values():
-        assert relative_error(steps.decode_omega(*steps.encode_omega(omega)).view(omega.shape), omega) <= 0.005
+    def test_bytes_per_parameter(self, form, expected):
+        model = nn.Linear(512, 300)
+        model.weight.data = model.weight.data.t().contiguous().t()
+        mas = MAS(model, **form)
+        mas.consolidate(Importance({name: torch.rand_like(p) for name, p in model.named_parameters()}, 1))
+        size = sum(parameter.numel() for parameter in model.parameters())
+        # The memory that there really is, of all that a step reads.
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensors in (mas._plan.groups[0].held[:3])
+            for tensor in tensors
+        }
+        assert mas.state_bytes == sum(storages.values())
+        assert expected - 0.1 < mas.state_bytes / size <= expected
+
+    def test_nothing_is_kept_before_a_task(self):
+        assert MAS(net()).state_bytes == 0
+
+    @pytest.mark.parametrize("merge", ["sum", "mean", "ema", "max"])
+    @EVERY_FORM
+    def test_tasks_are_added_in_float32_and_rounded_once(self, form, merge):
+        mas, plain = learned(merge=merge, **form), learned(merge=merge)
+        decoded = {n: o if o.dtype == torch.float64 else o.float() for n, o in mas.omega.items()}
+        plain.load_state_dict(plain.state_dict() | {"omega": decoded})
+        for one in (mas, plain):
+            one.consolidate(importance(seed=2, num_samples=5))
+        for name, omega in mas.omega.items():
+            assert torch.equal(omega, as_kept(plain.omega[name], form)), name
+
+    @EVERY_FORM
+    def test_the_step_uses_what_is_kept(self, form):
+        mas = learned(**form)
+        with torch.no_grad():
+            for parameter in mas.model.parameters():
+                parameter += torch.randn_like(parameter)
+        value = 0.0
+        for name, parameter in mas.model.named_parameters():
+            value += 0.3 * float(
+                (mas.omega[name].double() * (parameter.detach() - mas.anchor[name].double()).square()).sum()
+            )
+        mas.penalty().backward()
+        for name, parameter in mas.model.named_parameters():
+            expected = 0.6 * mas.omega[name].double() * (parameter.detach().double() - mas.anchor[name].double())
+            assert relative_error(parameter.grad, expected) <= 1e-6
+        assert float(mas.add_penalty_grad_()) == pytest.approx(value, rel=1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
+    def test_error_on_the_importance_of_a_network(self, dtype):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 16, 10),
+        )  # fmt: skip
+        mas, exact = MAS(model, omega_dtype=dtype), MAS(model)
+        exact.consolidate(mas.consolidate([torch.randn(16, 3, 16, 16) for _ in range(2)]))
+        lost = math.fsum(float((mas.omega[n] - exact.omega[n]).double().square().sum()) for n in exact.omega)
+        size = math.fsum(float(omega.double().square().sum()) for omega in exact.omega.values())
+        assert 0 < math.sqrt(lost / size) <= 0.005
+        for name, omega in exact.omega.items():
+            assert bool((mas.omega[name][omega == 0] == 0).all())
+
+    @pytest.mark.parametrize(
+        ("form", "message"),
+        [
+            ({"omega_dtype": torch.int8}, "omega_dtype must be None or one of torch.float16, torch.bfloat16"),
+            ({"omega_dtype": "uint8"}, "omega_dtype must be None or one of"),
+            ({"anchor_dtype": torch.uint8}, "anchor_dtype must be None or one of"),
+            ({"state_device": "cuda"}, "state_device must be None or one of cpu, got cuda"),
+        ],
+    )
+    def test_refuses(self, form, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            MAS(net(), **form)
+
+    def test_an_anchor_that_overflows_is_refused(self):
+        model = net()
+        with torch.no_grad():
+            model["fc"].bias[3] = 1e6
+        mas = MAS(model, anchor_dtype=torch.float16)
+        with pytest.raises(ValueError, match=r"the anchor of 'fc.bias' has 1 of 9 entries wrong.*at \[3\]"):
+            mas.consolidate(importance())
+        assert mas.state_bytes == 0 and dict(mas.anchor) == {}
+
+    @EVERY_FORM
+    def test_on_the_host(self, form):
+        # Of a model on the CPU, it is there already.
+        mas, plain = learned(state_device="cpu", **form), learned(**form)
+        assert mas.state_device == "cpu"
+        assert_same_numbers(mas, plain)
+        assert torch.equal(mas.penalty(), plain.penalty())
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @EVERY_FORM
+    def test_of_a_gpu_on_the_host(self, form):
+        mas, plain = learned(net().cuda(), state_device="cpu", **form), learned(net().cuda(), **form)
+        held = mas._plan.groups[0].held
+        assert all(tensor.is_pinned() for tensors in held[:2] for tensor in tensors if tensor.numel())
+        with torch.no_grad():
+            for ours, theirs in zip(mas.model.parameters(), plain.model.parameters(), strict=True):
+                ours += 1.0
+                theirs += 1.0
+        assert torch.equal(mas.add_penalty_grad_(), plain.add_penalty_grad_())
+        for ours, theirs in zip(mas.model.parameters(), plain.model.parameters(), strict=True):
+            assert torch.equal(ours.grad, theirs.grad)
+
+    @EVERY_FORM
+    def test_follows_the_model_to_another_device(self, form):
+        mas = learned(**form)
+        mas.model.to("meta")
+        assert mas.add_penalty_grad_().device.type == "meta"
+        assert {tensor.device.type for tensor in (*mas.omega.values(), *mas.anchor.values())} == {"meta"}
+
+    def test_looking_at_the_mappings(self):
+        mas = learned(**FORMS["8 bits"])
+        assert len(mas.omega) == 4 and "fc.bias" in mas.omega and "x" not in mas.omega
+        assert mas.omega != mas.omega
+        assert "fc.weight" in repr(mas.omega)
+        with pytest.raises(TypeError):
+            mas.omega["fc.bias"] = torch.ones(9)
 
 
-@pytest.mark.parametrize("bad", ["scale missing", "scale short"])
-def test_a_broken_small_state_is_refused(bad):
-    _, mas, _, _ = problem(**STATES["8-bit"])
-    state = mas.state_dict()
-    state["scales"] = {} if bad == "scale missing" else {name: scale[:-1] for name, scale in state["scales"].items()}
-    before = mas.penalty().item()
-    with pytest.raises(ValueError, match="state must have scales that fit its codes of omega"):
-        mas.load_state_dict(state)
-    assert mas.penalty().item() == before
+class TestSavedAndLoaded:
+    @EVERY_FORM
+    @pytest.mark.parametrize("through", ["dict", "torch.save", "file"])
+    def test_round_trip(self, form, through, tmp_path):
+        mas, loaded = learned(merge="mean", **form), MAS(net(seed=5), **form)
+        state = mas.state_dict()
+        if through == "file":
+            mas.save(tmp_path / "mas")
+            loaded.load(tmp_path / "mas")
+        else:
+            if through == "torch.save":
+                torch.save(state, tmp_path / "state")
+                state = torch.load(tmp_path / "state", weights_only=True)
+            loaded.load_state_dict(state)
+        assert_same_numbers(loaded, mas)
+        assert loaded.lam == mas.lam and loaded.merge == "mean" and loaded.state_bytes == mas.state_bytes
+        for one in (mas, loaded):
+            one.model.load_state_dict(net(seed=6).state_dict())
+            one.consolidate(importance(seed=2))
+        assert_same_numbers(loaded, mas)
+
+    def test_the_file_is_small_and_plain(self, tmp_path):
+        mas = learned(**FORMS["8 bits"])
+        mas.save(tmp_path / "mas")
+        tensors, _ = storage.read(tmp_path / "mas", mas_module.KIND)
+        assert {str(t.dtype) for n, t in tensors.items() if n.startswith("omega.")} == {"torch.uint8"}
+        assert tensors["omega.fc.weight"].shape == (9, 31) and tensors["scales.fc.weight"].shape == (3,)
+        assert sum(tensor.nbytes for tensor in tensors.values()) == mas.state_bytes
+
+    @pytest.mark.parametrize("into", FORMS.values(), ids=FORMS)
+    @EVERY_FORM
+    def test_is_converted_to_the_form_of_the_one_who_loads(self, form, into, tmp_path):
+        mas, loaded = learned(**form), MAS(net(), **into)
+        mas.save(tmp_path / "mas")
+        loaded.load(tmp_path / "mas")
+        for name, omega in mas.omega.items():
+            assert torch.equal(loaded.omega[name], as_kept(omega, into)), name
+            dtype = into.get("anchor_dtype", mas.anchor[name].dtype)
+            assert torch.equal(loaded.anchor[name], mas.anchor[name].to(dtype))
+
+    def test_files_of_older_versions(self, tmp_path):
+        mas, loaded = learned(), MAS(net(seed=5))
+        state = mas.state_dict()
+        del state["scales"]
+        tensors = {f"{kind}.{name}": t for kind in ("omega", "anchor") for name, t in state.pop(kind).items()}
+        storage.write(tmp_path / "old", mas_module.KIND, tensors, {"state": json.dumps(state)})
+        loaded.load(tmp_path / "old")
+        assert_same_numbers(loaded, mas)
+        assert loaded.lam == 0.3
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"scales": {}}, "the omega of 'head.bias' is uint8 and has no float32 scales of shape [1]"),
+            ({"scales": {"fc.weight": torch.ones(2)}}, "the omega of 'fc.weight' is uint8 and has no float32 scales"),
+            ({"scales": {"fc.weight": torch.full((3,), torch.nan)}}, "the scales of the omega of 'fc.weight' has 3 of"),
+            ({"scales": {"x": torch.ones(1)}}, "'x' has scales of an omega and no uint8 omega"),
+            ({"lam": {"fc.*": 1.0}}, "lam must have a pattern for every parameter with an omega"),
+            ({"lam": {"*": -1.0}}, "lam['*'] must be finite and at least 0, got -1.0"),
+        ],
+    )
+    def test_refuses_a_damaged_state_and_changes_nothing(self, change, message):
+        mas = learned(**FORMS["8 bits"])
+        before, state = snapshot(mas), mas.state_dict()
+        if change.get("scales"):
+            change = {"scales": state["scales"] | change["scales"]}
+        with pytest.raises(ValueError, match=re.escape(message)):
+            mas.load_state_dict(state | change)
+        assert_unchanged(mas, before)
 
 
-@pytest.mark.parametrize("argument", ["omega_dtype", "anchor_dtype"])
-def test_dtypes_that_cannot_be_are_refused(argument):
-    with pytest.raises(ValueError, match=f"{argument} must be one of torch.float32, .*, got torch.int8"):
-        MAS(nn.Linear(2, 2), **{argument: torch.int8})
-    with pytest.raises(ValueError, match="anchor_dtype"):
-        MAS(nn.Linear(2, 2), anchor_dtype=torch.uint8)
+class TestLamByPattern:
+    LAM = {"head.*": 0.0, "*.bias": 2.0, "*": 0.5}
+    EXPECTED = {"fc.weight": 0.5, "fc.bias": 2.0, "head.weight": 0.0, "head.bias": 0.0}
 
+    def moved(self, lam):
+        mas = learned()
+        mas.lam = lam
+        with torch.no_grad():
+            for parameter in mas.model.parameters():
+                parameter += 1.0
+        return mas
 
-# Inside of training steps
-
-
-def test_loss_scaling_accumulation_and_double_use():
-    model, mas, omegas, anchors = problem()
-    _, gradients = formula(model, omegas, anchors)
-    (1024 * mas.penalty()).backward()
-    assert_gradients(model, {name: 1024 * g for name, g in gradients.items()}, 1e-6)
-    model.zero_grad()
-    for _ in range(4):
-        (mas.penalty() / 4).backward()
-    assert_gradients(model, gradients, 1e-6)
-    model.zero_grad()
-    penalty = mas.penalty()
-    (penalty + 2 * penalty.square() / penalty.item() + mas.penalty()).backward()
-    assert_gradients(model, {name: 6 * g for name, g in gradients.items()}, 1e-6)
-
-
-def test_the_penalty_can_be_differentiated_twice():
-    model, mas, omegas, _ = problem(((4, 3),), torch.float64)
-    (theta,) = model.parameters()
-    (gradient,) = torch.autograd.grad(mas.penalty(), theta, create_graph=True)
-    (second,) = torch.autograd.grad(gradient.sum(), theta)
-    torch.testing.assert_close(second, 2 * LAM * omegas["p0"].double())
-
-
-@pytest.mark.parametrize("state", [STATES["float32"], STATES["8-bit"]], ids=["float32", "8-bit"])
-def test_a_compiled_step_has_no_graph_break(state):
-    model, mas, _, _ = problem(**state)
-
-    def loss(scale):
-        return scale * sum(p.square().sum() for p in model.parameters()) + mas.penalty()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    scale = torch.tensor(0.5)
-    for change in (lambda: None, lambda: setattr(mas, "lam", 2.0), lambda: move(model)):
-        change()
-        model.zero_grad()
-        value = compiled(scale)
-        value.backward()
-        found = [p.grad.clone() for p in model.parameters()]
-        model.zero_grad()
-        expected = loss(scale)
-        expected.backward()
-        torch.testing.assert_close(value, expected)
-        torch.testing.assert_close(found, [p.grad for p in model.parameters()])
-
-
-def test_memory_layouts():
-    torch.manual_seed(0)
-    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    model.bias = nn.Parameter(torch.randn(1).expand(4))
-    omegas = {name: torch.rand(p.shape) for name, p in model.named_parameters()}
-    mas = MAS(model, LAM)
-    mas.consolidate(Importance(omegas, 1))
-    anchors = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with torch.no_grad():
-        model.weight += 1
-    model.weight.grad = torch.zeros_like(model.weight)
-    assert not model.weight.grad.is_contiguous()
-    value, gradients = formula(model, omegas, anchors)
-    assert float(mas.add_penalty_grad_()) == pytest.approx(value, rel=1e-6)
-    assert_gradients(model, gradients, 1e-6)
-
-
-def test_float16_gradients_that_overflow_are_an_error():
-    model, mas, _, _ = problem(((4,), (5,)), torch.float16)
-    with torch.no_grad():
-        model.p1 += 60000
-    with pytest.raises(FloatingPointError, match=r"must fit float16, got inf in the .grad of 'p1' \(\d\)"):
-        mas.lam = 100.0
+    def test_the_first_match_wins(self):
+        mas = self.moved(self.LAM)
+        assert dict(mas.lam) == self.LAM
+        values = mas.penalty_by_parameter()
+        for name, lam in self.EXPECTED.items():
+            omega, anchor = mas.omega[name].double(), mas.anchor[name].double()
+            difference = mas.model.get_parameter(name).detach().double() - anchor
+            assert values[name] == pytest.approx(lam * float((omega * difference.square()).sum()), rel=1e-6)
         mas.add_penalty_grad_()
+        assert not mas.model["head"].weight.grad.any()
+        expected = 4.0 * mas.omega["fc.bias"] * (mas.model["fc"].bias - mas.anchor["fc.bias"])
+        torch.testing.assert_close(mas.model["fc"].bias.grad, expected.detach())
 
+    def test_may_be_set_anew_and_be_a_number_again(self):
+        mas = self.moved(self.LAM)
+        one = mas.penalty().item()
+        mas.lam = {pattern: 2 * lam for pattern, lam in self.LAM.items()}
+        assert mas.penalty().item() == pytest.approx(2 * one, rel=1e-6)
+        mas.lam = 0.5
+        assert mas.penalty().item() == pytest.approx(self.moved({"*": 0.5}).penalty().item(), rel=1e-6)
 
-# λ, and models that change
+    def test_is_saved_in_order(self, tmp_path):
+        mas, loaded = self.moved(self.LAM), MAS(net())
+        mas.save(tmp_path / "mas")
+        loaded.load(tmp_path / "mas")
+        assert list(loaded.lam.items()) == list(self.LAM.items())
+        assert loaded.state_dict()["lam"] == self.LAM
+        with pytest.raises(TypeError):
+            loaded.lam["*"] = 3.0
 
+    def test_parameters_without_a_pattern_are_listed(self):
+        mas = learned()
+        before = snapshot(mas)
+        message = "(?s)lam must have a pattern for every parameter with an omega.*'fc.weight'.*'head.weight'"
+        with pytest.raises(ValueError, match=message):
+            mas.lam = {"*.bias": 1.0}
+        assert_unchanged(mas, before)
+        # As soon as there is an Ω: before, there is nothing to match.
+        fresh = MAS(net(), lam={"*.bias": 1.0})
+        with pytest.raises(ValueError, match=message):
+            fresh.consolidate(importance())
+        assert dict(fresh.omega) == {}
 
-def test_lam_by_pattern(tmp_path):
-    model, mas, omegas, anchors = problem()
-    mas.lam = {"p1": 2.0, "p[01]": 5.0, "*": 0.0}
-    value = sum(
-        formula(Bag({n: p.detach()}), omegas, anchors, lam)[0]
-        for (n, p), lam in zip(model.named_parameters(), (5.0, 2.0, 0.0), strict=True)
+    @pytest.mark.parametrize(
+        ("lam", "error", "message"),
+        [
+            ({"*": -1.0}, ValueError, "lam['*'] must be finite and at least 0, got -1.0"),
+            ({"*": "1"}, TypeError, "lam['*'] must be a real number, got '1'"),
+            ({1: 1.0}, TypeError, "lam must have patterns of type str, got [1]"),
+        ],
     )
-    assert mas.penalty().item() == pytest.approx(value, rel=1e-6)
-    assert mas.penalty_by_parameter()["p2"] == 0.0
-    mas.save(tmp_path / "state")
-    other = MAS(model)
-    other.load(tmp_path / "state")
-    assert dict(other.lam) == {"p1": 2.0, "p[01]": 5.0, "*": 0.0}
-    assert other.penalty().item() == mas.penalty().item()
-    mas.lam = {"p1": 1.0}
-    with pytest.raises(
-        ValueError, match="lam must have a pattern for every parameter with an omega, got none for 'p0', 'p2'"
-    ):
-        mas.penalty()
-    with pytest.raises(ValueError, match="lam must be finite"):
-        mas.lam = {"*": float("nan")}
+    def test_refuses(self, lam, error, message):
+        with pytest.raises(error, match=re.escape(message)):
+            MAS(net(), lam=lam)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: setattr(m, "p1", nn.Parameter(m.p1.detach() + 1)),
-        lambda m: m.p1.requires_grad_(False),
-        lambda m: m.double(),
-        lambda m: setattr(m.p1, "data", m.p1.data + 2),
-        lambda m: setattr(m, "head", nn.Linear(2, 2)),
-        lambda m: m.requires_grad_(False),
-    ],
-    ids=["replaced", "frozen", "converted", "data", "new_head", "all_frozen"],
-)
-def test_a_step_sees_what_changed_in_the_model(change):
-    model, mas, omegas, anchors = problem()
-    mas.penalty()
-    change(model)
-    held = Bag({n: p.detach() for n, p in model.named_parameters() if n in omegas and p.requires_grad})
-    value, _ = formula(held, omegas, anchors)
-    assert mas.penalty().item() == pytest.approx(value, rel=1e-6, abs=1e-12)
-    assert float(mas.add_penalty_grad_()) == pytest.approx(value, rel=1e-6, abs=1e-12)
+class TestAdapt:
+    @EVERY_FORM
+    def test_a_head_that_grows(self, form):
+        mas = learned(**form)
+        omega, anchor = mas.omega["head.weight"].clone(), mas.anchor["head.weight"].clone()
+        bias = mas.omega["head.bias"].clone()
+        mas.model["head"] = nn.Linear(9, 6)
+        mas.adapt(grow=["head.*"])
+        head = mas.model["head"].weight.detach()
+        assert torch.equal(mas.omega["head.weight"], as_kept(nn.functional.pad(omega, (0, 0, 0, 2)), form))
+        assert torch.equal(mas.anchor["head.weight"][:4], anchor)
+        assert torch.equal(mas.anchor["head.weight"][4:], head[4:].to(anchor.dtype))
+        assert relative_error(mas.omega["head.bias"][:4], bias) <= 5e-3 and not mas.omega["head.bias"][4:].any()
+        mas.add_penalty_grad_()
+        assert not mas.model["head"].weight.grad[4:].any() and mas.model["head"].weight.grad[:4].any()
 
+    def test_grows_along_several_axes(self):
+        mas = learned()
+        omega = mas.omega["fc.weight"].clone()
+        mas.model["fc"] = nn.Linear(33, 11)
+        mas.adapt(grow="fc.*")
+        assert torch.equal(mas.omega["fc.weight"][:9, :31], omega)
+        assert mas.omega["fc.weight"].count_nonzero() == omega.count_nonzero()
+        assert mas.penalty_by_parameter()["head.weight"] == 0.0
 
-@pytest.mark.parametrize("state", [STATES["float32"], STATES["8-bit, own θ*"]], ids=["float32", "8-bit"])
-def test_adapt_to_a_model_that_changed(state):
-    model, mas, _, anchors = problem(((4, 3), (6,), (5,)), **state)
-    kept = dict(mas.omega)
-    new = Bag({"head": torch.randn(6, 3), "p1": model.p1.detach()})
-    mas.model = new
-    with pytest.raises(ValueError, match=r"MAS.adapt follows a changed model\), got mismatches:\n.*'p0'"):
-        mas.penalty()
-    for wrong in (
-        {"rename": {"p0": "head"}},
-        {"rename": {"p0": "head"}, "drop": ["p2"]},
-        {"rename": {"p0": "p1"}, "drop": ["p2"]},
-        {"rename": {"q": "head"}},
-        {"drop": ["x*"]},
-        {"grow": ["x*"]},
-    ):
-        with pytest.raises(ValueError, match="must make omega fit the model"):
-            mas.adapt(**wrong)
-        assert list(mas.omega) == ["p0", "p1", "p2"]
-    mas.adapt(rename={"p0": "head"}, drop=["p2"], grow=["head"])
-    assert list(mas.omega) == ["head", "p1"]
-    assert torch.equal(mas.omega["head"][:4], kept["p0"]) and not mas.omega["head"][4:].any()
-    difference = new.head.detach()[:4] - anchors["p0"]
-    expected = (
-        LAM * (kept["p0"] * difference.square()).sum()
-        + LAM * (kept["p1"] * (model.p1.detach() - anchors["p1"]).square()).sum()
-    )
-    torch.testing.assert_close(mas.penalty().detach(), expected)
-    mas.consolidate(Importance({"head": torch.ones(6, 3)}, 1))
-    torch.testing.assert_close(mas.omega["head"][4:], torch.ones(2, 3), rtol=0.005, atol=0)
+    def test_renames_and_drops(self):
+        mas = learned(merge="mean")
+        body = mas.omega["fc.weight"]
+        mas.model = nn.ModuleDict({"body": mas.model["fc"], "new": nn.Linear(9, 2)})
+        mas.adapt(rename={"fc.weight": "body.weight", "fc.bias": "body.bias"}, drop="head.*")
+        assert list(mas.omega) == ["body.weight", "body.bias"] == list(mas.anchor)
+        assert mas.omega["body.weight"] is body
+        # The samples came along: (3 Ω + 1 · 0) / 4.
+        mas.consolidate(Importance({"body.weight": torch.zeros(9, 31)}, 1))
+        torch.testing.assert_close(mas.omega["body.weight"], body * 0.75)
 
+    def test_names_may_be_exchanged(self):
+        mas = learned(nn.ModuleDict({"fc": nn.Linear(31, 9), "head": nn.Linear(9, 4)}))
+        mas.adapt(drop=["*.bias", "head.weight"])
+        mas.consolidate(Importance({"head.weight": torch.ones(4, 9)}, 1))
+        before = mas.omega["fc.weight"], mas.omega["head.weight"]
+        mas.model = nn.ModuleDict({"head": mas.model["fc"], "fc": mas.model["head"]})
+        mas.adapt(rename={"fc.weight": "head.weight", "head.weight": "fc.weight"})
+        assert (mas.omega["head.weight"], mas.omega["fc.weight"]) == before
 
-def test_what_cannot_grow_is_refused():
-    model, mas, _, _ = problem(((4, 3),))
-    mas.model = Bag({"p0": torch.randn(3, 5)})
-    with pytest.raises(ValueError, match=r"grow: 'p0' has shape \[4, 3\], the model has \[3, 5\]"):
-        mas.adapt(grow=["p0"])
+    @pytest.mark.filterwarnings("ignore:there is no importance")
+    def test_drops_everything(self):
+        mas = learned()
+        mas.adapt(drop=["*"])
+        assert dict(mas.omega) == {} and mas.penalty().item() == 0.0 and mas.state_bytes == 0
+        # Nothing is left that a new importance would have to mean the same as.
+        mas.consolidate(Importance({"fc.bias": torch.ones(9)}, 1, statistic="square"))
 
+    def test_a_new_parameter_needs_nothing(self):
+        mas = learned()
+        mas.model["other"] = nn.Linear(9, 3)
+        mas.add_penalty_grad_()
+        assert mas.model["other"].weight.grad is None
 
-def test_the_kernels_that_ran_are_the_compiled_ones():
-    rows = {row.op: row.implementation for row in mas_fast.implementations() if row.device == "cpu"}
-    if ops.cpu_capability() is not None:
-        assert all(rows[op].startswith("C++") for op in ("penalty_grad_", "sgd_step_", "adamw_step_", "encode_omega"))
+    def test_lists_everything_and_changes_nothing(self):
+        mas = learned()
+        mas.model = nn.ModuleDict({"fc": nn.Linear(31, 8), "head": nn.Linear(9, 5)})
+        before = snapshot(mas)
+        with pytest.raises(ValueError) as caught:
+            mas.adapt(
+                rename={"x": "y", "head.bias": "head.weight"},
+                drop=["tail.*"],
+                grow=["fc.weight", "none", "head.weight"],
+            )
+        assert str(caught.value).splitlines() == [
+            "adapt must make omega fit the model, got:",
+            "  - drop has 'tail.*', which matches no omega",
+            "  - rename has 'x', which has no omega",
+            "  - rename makes 'head.weight' of more than one omega",
+            "  - grow has 'none', which matches no omega",
+            "  - grow has 'fc.weight', which must not be smaller along any axis, and had [9, 31] and has [8, 31]",
+            "  - grow has 'head.weight', which must not be smaller along any axis, and had [4] and has [5, 9]",
+            "  - 'fc.bias' has shape [9], the model has [8]",
+        ]
+        assert_unchanged(mas, before)
+
+    @pytest.mark.parametrize("arguments", [{}, {"grow": ["head.weight"]}, {"drop": ["head.bias"]}], ids=str)
+    def test_an_adaptation_that_is_not_enough_changes_nothing(self, arguments):
+        mas = learned()
+        mas.model["head"] = nn.Linear(9, 6)
+        before = snapshot(mas)
+        with pytest.raises(ValueError, match="adapt must make omega fit the model, got:"):
+            mas.adapt(**arguments)
+        assert_unchanged(mas, before)
+
+    def test_a_pattern_of_lam_must_match_the_new_names(self):
+        mas = learned()
+        mas.lam = {"fc.*": 1.0, "head.*": 2.0}
+        mas.model = nn.ModuleDict({"body": mas.model["fc"], "head": mas.model["head"]})
+        before = snapshot(mas)
+        with pytest.raises(ValueError, match="lam must have a pattern.*\n.*'body.weight'"):
+            mas.adapt(rename={"fc.weight": "body.weight", "fc.bias": "body.bias"})
+        assert_unchanged(mas, before)
+
+    @pytest.mark.parametrize("method", ["penalty", "add_penalty_grad_", "penalty_by_parameter"])
+    def test_without_it_a_changed_model_is_an_error_that_names_it(self, method):
+        mas = learned()
+        mas.model["head"] = nn.Linear(9, 6)
+        with pytest.raises(ValueError) as caught:
+            getattr(mas, method)()
+        assert str(caught.value).splitlines() == [
+            "model must have every parameter that has an omega (MAS.adapt follows a changed model), got mismatches:",
+            "  - 'head.weight' has shape [4, 9], the model has [6, 9]",
+            "  - 'head.bias' has shape [4], the model has [6]",
+        ]
