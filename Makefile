@@ -1,7 +1,7 @@
 # Set-up and checks. `make demo` and `make test` need only Python >= 3.10, make, and a C++ compiler for the kernels.
 
 PYTHON ?= python3
-# auto: compile the CPU kernels if a compiler is there; cpu: insist on it; python: do not compile.
+# auto: compile the kernels for whose compilers are there; cpu, cuda: insist on them; python: do not compile.
 MAS_FAST_BUILD ?= auto
 PYTEST_ARGS ?=
 DEMO_ARGS ?= --out demo_results
@@ -13,7 +13,7 @@ BIN := $(abspath $(VENV)/bin)
 STAMPS := $(VENV)/.stamps
 INSTALLED := $(STAMPS)/installed-$(MAS_FAST_BUILD)
 PYTHON_ONLY := $(abspath build/python-only)
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help install demo test test-installed test-python-only bench lint format clean
 .DEFAULT_GOAL := help
@@ -77,12 +77,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 clean:
 	rm -rf $(VENV) build dist mas_fast.egg-info demo_results

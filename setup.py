@@ -2,10 +2,11 @@
 
 The environment variable MAS_FAST_BUILD chooses what is built:
 
-- ``auto`` (default): the CPU kernels if everything they need is found, otherwise Python only, saying what is missing.
+- ``auto`` (default): the CPU kernels if everything they need is found, otherwise Python only, saying what is missing;
+  the CUDA kernels too, if nvcc is found and the installed torch is a CUDA build.
 - ``python``: nothing is compiled; every op runs on its plain-torch reference.
 - ``cpu``: the CPU kernels; anything missing is an error.
-- ``cuda``: an error, because this version has no CUDA sources.
+- ``cuda``: the CPU and CUDA kernels; anything missing is an error. Neither a GPU nor a CUDA build of torch is needed.
 
 A compile that fails is an error in every mode: it would otherwise hide behind a slower package.
 """
@@ -34,6 +35,7 @@ MODES = ("auto", "python", "cpu", "cuda")
 OLDEST_TORCH = (2, 10)
 OLDEST_CMAKE = (3, 25)
 OLDEST_SETUPTOOLS = (77, 0)
+OLDEST_NVCC = (12, 0)
 KERNELS = "mas_fast._kernels"
 
 # <bit> with std::bit_cast is the youngest part of C++20 that the kernels rely on: g++ 11, clang 14.
@@ -51,11 +53,6 @@ def build_mode(environ: Mapping[str, str]) -> str:
     mode = environ.get("MAS_FAST_BUILD", "auto")
     if mode not in MODES:
         raise SystemExit(f"MAS_FAST_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
-    if mode == "cuda":
-        raise SystemExit(
-            "MAS_FAST_BUILD must be auto, python or cpu, got 'cuda': this version of mas_fast has no CUDA sources. "
-            "Build with MAS_FAST_BUILD=cpu; tensors on a GPU are handled by the plain-torch reference."
-        )
     return mode
 
 
@@ -93,6 +90,21 @@ def find_torch_dir() -> Path | None:
     return folder if has_headers and any((folder / "lib").glob("libtorch_cpu.*")) else None
 
 
+def find_nvcc(environ: Mapping[str, str]) -> str | None:
+    """Return the path of the CUDA compiler: CUDACXX as in CMake, on the path, or where CUDA is usually installed."""
+    if environ.get("CUDACXX"):
+        return shutil.which(environ["CUDACXX"])
+    homes = [environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
+    folders = [environ.get("PATH", ""), *(os.path.join(home, "bin") for home in [*homes, "/usr/local/cuda"])]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def torch_has_cuda() -> bool:
+    """Return whether the installed torch is a CUDA build; whether this machine has a GPU is not asked."""
+    folder = find_torch_dir()
+    return folder is not None and any((folder / "lib").glob("libtorch_cuda.*"))
+
+
 def find_pybind11_dir() -> str | None:
     """Return the folder of pybind11's CMake configuration, or None."""
     if importlib.util.find_spec("pybind11") is None:
@@ -117,8 +129,9 @@ def torch_version() -> str:
 
 
 def tool_version(command: str) -> tuple[int, int]:
-    """Return (major, minor) of what `command --version` prints."""
-    return version_of(subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout)
+    """Return (major, minor) of what `command --version` prints; of nvcc, of its release, which is not named first."""
+    text = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
+    return version_of(text.split("release", 1)[-1])
 
 
 def has_python_headers() -> bool:
@@ -153,11 +166,29 @@ def missing_for_kernels(environ: Mapping[str, str]) -> list[str]:
     return missing
 
 
+def missing_for_cuda(environ: Mapping[str, str]) -> list[str]:
+    """Return one line for each thing that the CUDA kernels need beyond the CPU kernels and this machine lacks."""
+    missing = []
+    if not sys.platform.startswith("linux"):
+        missing.append(f"Linux: the CUDA kernels are not built on {sys.platform}")
+    nvcc = find_nvcc(environ)
+    if nvcc is None:
+        missing.append("nvcc >= 12.0: install the CUDA toolkit, or set CUDACXX or CUDA_HOME to where it is")
+    elif tool_version(nvcc) < OLDEST_NVCC:
+        missing.append(f"nvcc >= 12.0: {nvcc} is {'.'.join(map(str, tool_version(nvcc)))}; set CUDACXX to another")
+    return missing
+
+
 def builds_kernels(mode: str, missing: list[str]) -> bool:
     """Return whether this build compiles the kernels; exit with an error if they were asked for and cannot be had."""
-    if mode == "cpu" and missing:
-        raise SystemExit("MAS_FAST_BUILD=cpu needs what was not found:\n" + as_lines(missing))
+    if mode in ("cpu", "cuda") and missing:
+        raise SystemExit(f"MAS_FAST_BUILD={mode} needs what was not found:\n" + as_lines(missing))
     return mode != "python" and not missing
+
+
+def builds_cuda(mode: str, missing_cuda: list[str]) -> bool:
+    """Return whether a build that compiles the CPU kernels compiles the CUDA kernels as well."""
+    return mode == "cuda" or (mode == "auto" and not missing_cuda and torch_has_cuda())
 
 
 def as_lines(items: list[str]) -> str:
@@ -190,7 +221,7 @@ class CMakeBuild(build_ext):
         if self.editable_mode:
             remove_compiled(ROOT / "mas_fast")
         if self.extensions:
-            print("mas_fast: compiling the CPU kernels", flush=True)
+            print(f"mas_fast: compiling the {KERNELS_TEXT} kernels", flush=True)
         elif MISSING:
             print(
                 f"mas_fast: Python-only build; the compiled kernels need what was not found:\n{as_lines(MISSING)}",
@@ -218,6 +249,8 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": find_pybind11_dir(),
         }
+        if WITH_CUDA:
+            settings |= {"MAS_FAST_CUDA": "ON", "CMAKE_CUDA_COMPILER": find_nvcc(os.environ)}
         # --fresh forgets another environment's settings; ninja still rebuilds only what changed.
         configure = [cmake, "--fresh", "-S", ROOT, "-B", folder, "-G", "Ninja"]
         configure += [f"-D{name}={value}" for name, value in settings.items()]
@@ -226,14 +259,18 @@ class CMakeBuild(build_ext):
         for command in (configure, [cmake, "--build", folder], [cmake, "--install", folder, "--prefix", destination]):
             done = subprocess.run([str(word) for word in command], env=environ, check=False)
             if done.returncode != 0:
+                failed = shlex.join(str(word) for word in command[:3])
                 raise SystemExit(
-                    f"mas_fast: the CPU kernels failed to build: '{shlex.join(str(word) for word in command[:3])} …' "
+                    f"mas_fast: the {KERNELS_TEXT} kernels failed to build: '{failed} …' "
                     f"exited with {done.returncode}; its output is above (pip shows it with -v). "
-                    "MAS_FAST_BUILD=python installs the package without compiled kernels."
+                    + ("MAS_FAST_BUILD=cpu leaves out the CUDA kernels. " if WITH_CUDA else "")
+                    + "MAS_FAST_BUILD=python installs the package without compiled kernels."
                 )
 
 
 MISSING: list[str] = []
+WITH_CUDA = False
+KERNELS_TEXT = "CPU"
 
 if __name__ == "__main__":
     if version_of(setuptools.__version__) < OLDEST_SETUPTOOLS:
@@ -241,7 +278,10 @@ if __name__ == "__main__":
         raise SystemExit(f"setuptools must be >= 77, got {setuptools.__version__}: pip install --upgrade setuptools")
     mode = build_mode(os.environ)
     MISSING = [] if mode == "python" else missing_for_kernels(os.environ)
-    compiled = builds_kernels(mode, MISSING)
+    missing_cuda = missing_for_cuda(os.environ) if mode in ("auto", "cuda") else []
+    compiled = builds_kernels(mode, MISSING + (missing_cuda if mode == "cuda" else []))
+    WITH_CUDA = compiled and builds_cuda(mode, missing_cuda)
+    KERNELS_TEXT = "CPU and CUDA" if WITH_CUDA else "CPU"
     setup(
         cmdclass={"build": Build, "build_ext": CMakeBuild},
         ext_modules=[Extension(KERNELS, []), Extension("mas_fast._C", [])] if compiled else [],

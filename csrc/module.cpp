@@ -27,11 +27,14 @@ std::string torch_version_text(std::uint64_t version) {
 py::dict build_info() {
   py::dict info;
   info["version"] = MAS_FAST_VERSION;
-  info["build"] = "cpu";
+  const py::tuple cuda_architectures = split_commas(MAS_FAST_CUDA_ARCHITECTURES);
+  info["build"] = cuda_architectures.empty() ? "cpu" : "cuda";
   info["compiler"] = MAS_FAST_COMPILER;
   info["build_type"] = MAS_FAST_BUILD_TYPE;
   info["architecture"] = MAS_FAST_ARCHITECTURE;
   info["instruction_sets"] = split_commas(MAS_FAST_INSTRUCTION_SETS);
+  info["cuda_compiler"] = MAS_FAST_CUDA_COMPILER;
+  info["cuda_architectures"] = cuda_architectures;
   info["torch"] = MAS_FAST_TORCH_VERSION;
   info["oldest_torch"] = torch_version_text(MAS_FAST_TORCH_TARGET_VERSION);
   return info;
@@ -42,6 +45,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "What the compiled part of mas_fast was built from.";
   m.def("build_info", &build_info,
-        "Return how the compiled library was built: version, build, compiler, build_type, architecture,\n"
-        "instruction_sets, torch (built against) and oldest_torch (it runs on).");
+        "Return how the compiled library was built: version, build (cpu or cuda), compiler, build_type,\n"
+        "architecture, instruction_sets, cuda_compiler and cuda_architectures (empty without CUDA), torch (built\n"
+        "against) and oldest_torch (it runs on).");
 }

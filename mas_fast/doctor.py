@@ -66,9 +66,11 @@ def build_text(info: dict[str, Any] | None) -> str:
             "Python only; the compiled kernels come with 'MAS_FAST_BUILD=cpu pip install --no-build-isolation', "
             "which names whatever it lacks"
         )
+    cuda = ", ".join(info.get("cuda_architectures", ()))  # a `_C` from before there were any does not say
     return (
-        f"C++ kernels for {info['architecture']} ({', '.join(info['instruction_sets'])}) by {info['compiler']} "
-        f"with torch {info['torch']}; needs torch >= {info['oldest_torch']}"
+        f"C++ kernels for {info['architecture']} ({', '.join(info['instruction_sets'])}) by {info['compiler']}, "
+        + (f"CUDA kernels for compute capability {cuda} by {info['cuda_compiler']}, " if cuda else "no CUDA kernels, ")
+        + f"with torch {info['torch']}; needs torch >= {info['oldest_torch']}"
     )
 
 

@@ -85,8 +85,9 @@ def penalty_grad_(
         if grads:
             added = pull * 2 if factors is None else pull * (2 * factors[i]).to(wide)
             before = grads[i].to(wide) if add else torch.zeros_like(added)
+            finite = before.isfinite()  # now: `before` may be the gradient itself
             grads[i].copy_(before + added)
-            lost = (before.isfinite() & ~grads[i].isfinite()).sum().double()
+            lost = (finite & ~grads[i].isfinite()).sum().double()
         rows.append(torch.stack([(pull * difference).double().sum(), lost]))
     return torch.stack(rows)
 
@@ -223,16 +224,18 @@ def _wide(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _omega(omega: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
-    return (decode_omega(omega, scale) if omega.dtype == torch.uint8 else omega).view(shape)
+def _omega(omega: Tensor, scale: Tensor, theta: Tensor) -> Tensor:
+    # Ω and θ* may be kept in host memory.
+    omega, scale = omega.to(theta.device), scale.to(theta.device)
+    return (decode_omega(omega, scale) if omega.dtype == torch.uint8 else omega).view(theta.shape)
 
 
 def _pull(
     theta: Tensor, omega: Tensor, scale: Tensor, anchor: Tensor, lam: float, wide: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return θ − θ* and λ Ω (θ − θ*)."""
-    difference = theta.to(wide) - anchor.view(theta.shape).to(wide)
-    return difference, lam * _omega(omega, scale, theta.shape).to(wide) * difference
+    difference = theta.to(wide) - anchor.view(theta.shape).to(theta.device, wide)
+    return difference, lam * _omega(omega, scale, theta).to(wide) * difference
 
 
 def _value_and_pull(
@@ -248,8 +251,8 @@ def _proximal(theta: Tensor, omega: Tensor, scale: Tensor, anchor: Tensor, rate:
     """Return (θ + cθ*) / (1 + c), c = 2ηλΩ, in the form that keeps θ where nothing holds it, and θ* where all does."""
     if omega.numel() == 0:
         return theta
-    c = 2 * rate * _omega(omega, scale, theta.shape).to(theta.dtype)
+    c = 2 * rate * _omega(omega, scale, theta).to(theta.dtype)
     part = 1 / (1 + c)
-    anchor = anchor.view(theta.shape).to(theta.dtype)
+    anchor = anchor.view(theta.shape).to(theta)
     difference = theta - anchor
     return torch.where(c < 1, theta - difference * (c * part), anchor + difference * part)

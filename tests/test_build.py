@@ -23,6 +23,8 @@ spec.loader.exec_module(setup_script)
 
 MISSING = setup_script.missing_for_kernels(os.environ)
 needs_tools = pytest.mark.skipif(bool(MISSING), reason=f"compiles: {'; '.join(MISSING)}")
+MISSING_FOR_CUDA = [*MISSING, *setup_script.missing_for_cuda(os.environ)]
+needs_cuda_tools = pytest.mark.skipif(bool(MISSING_FOR_CUDA), reason=f"compiles: {'; '.join(MISSING_FOR_CUDA)}")
 
 # One op is enough to see a library built, packed and loaded; its arithmetic is not the subject here.
 OP_SOURCE = """
@@ -34,17 +36,32 @@ int64_t count(torch::stable::Tensor t) { return t.numel(); }
 STABLE_TORCH_LIBRARY(build_probe, m) { m.def("count(Tensor t) -> int"); }
 STABLE_TORCH_LIBRARY_IMPL(build_probe, CPU, m) { m.impl("count", TORCH_BOX(&count)); }
 """
+CUDA_SOURCE = """
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+namespace {
+__global__ void nothing_kernel() {}
+int64_t count(torch::stable::Tensor t) {
+  nothing_kernel<<<1, 1>>>();
+  return cudaGetLastError() == cudaSuccess ? t.numel() : -1;
+}
+}  // namespace
+STABLE_TORCH_LIBRARY_IMPL(build_probe, CUDA, m) { m.impl("count", TORCH_BOX(&count)); }
+"""
 LOAD_OP = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
 assert torch.ops.build_probe.count(torch.zeros(2, 3)) == 6
+assert torch._C._dispatch_has_kernel_for_dispatch_key("build_probe::count", "CUDA") == (sys.argv[2] == "cuda")
 """
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """A small project with the real build files, one op, and two files that only x86-64 compiles."""
+    """A small project with the real build files, one op, for GPUs as well, and two files that only x86-64 compiles."""
     root = tmp_path / "tree"
+    (root / "csrc/cuda").mkdir(parents=True)
     (root / "csrc/cpu").mkdir(parents=True)
     (root / "mas_fast").mkdir()
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "csrc/module.cpp"):
@@ -52,6 +69,7 @@ def tree(tmp_path):
     (root / "README.md").write_text("")
     (root / "mas_fast/__init__.py").write_text('__version__ = "1.2.3"\n')
     (root / "csrc/cpu/op.cpp").write_text(OP_SOURCE)
+    (root / "csrc/cuda/op.cu").write_text(CUDA_SOURCE)
     (root / "csrc/cpu/op_avx2.cpp").write_text("")
     (root / "csrc/cpu/op_avx512.cpp").write_text("")
     return root
@@ -82,6 +100,18 @@ def build_wheel(tree, mode):
     return wheel, names, done.stdout
 
 
+def unpacked(wheel, folder):
+    """Unpack a wheel; return its library of ops, and what its _C says."""
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    (library,) = (folder / "site/mas_fast").glob("_kernels.*")
+    print_info = "import json, mas_fast._C; print(json.dumps(mas_fast._C.build_info()))"
+    environ = {**os.environ, "PYTHONPATH": str(folder / "site")}
+    output = subprocess.run(
+        [sys.executable, "-c", print_info], cwd=folder, env=environ, check=True, stdout=subprocess.PIPE
+    )
+    return library, json.loads(output.stdout)
+
+
 def plant_libraries(tree):
     """Put into the source tree what an earlier editable build with kernels leaves there."""
     planted = [
@@ -100,14 +130,16 @@ def test_the_package_under_test_is_the_one_asked_for():
 def test_the_build_under_test_runs_what_it_should():
     # `make test` says which build it tests; a bare `pytest` takes what it finds.
     build = os.environ.get("MAS_FAST_TEST_BUILD", "cpu" if ops.LIBRARY_PATH.exists() else "python")
-    compiled = build == "cpu" or (build == "auto" and not MISSING)
+    compiled = build in ("cpu", "cuda") or (build == "auto" and not MISSING)
     assert ops.LIBRARY_PATH.exists() == compiled
     if os.environ.get("MAS_FAST_KERNELS") != "reference":
         chosen = {row.implementation for row in ops.implementations() if row.device == "cpu"}
         assert all(name.startswith("C++") for name in chosen) if compiled else chosen == {"reference"}
+        on_gpus = {row.implementation for row in ops.implementations() if row.device == "cuda"}
+        assert "CUDA" in on_gpus if build == "cuda" else build == "auto" or "CUDA" not in on_gpus
 
 
-@pytest.mark.parametrize("mode", ["auto", "python", "cpu"])
+@pytest.mark.parametrize("mode", ["auto", "python", "cpu", "cuda"])
 def test_build_mode_is_taken_from_the_environment(mode):
     assert setup_script.build_mode({"MAS_FAST_BUILD": mode}) == mode
 
@@ -121,7 +153,6 @@ def test_build_mode_is_auto_unless_set():
     [
         ("gpu", "MAS_FAST_BUILD must be one of auto, python, cpu, cuda, got 'gpu'"),
         ("", "MAS_FAST_BUILD must be one of auto, python, cpu, cuda, got ''"),
-        ("cuda", "MAS_FAST_BUILD must be auto, python or cpu, got 'cuda': .* has no CUDA sources.*MAS_FAST_BUILD=cpu"),
     ],
 )
 def test_build_mode_refuses(mode, message):
@@ -131,15 +162,63 @@ def test_build_mode_refuses(mode, message):
 
 @pytest.mark.parametrize(
     ("mode", "missing", "compiled"),
-    [("auto", [], True), ("auto", ["ninja"], False), ("python", [], False), ("cpu", [], True)],
+    [("auto", [], True), ("auto", ["ninja"], False), ("python", [], False), ("cpu", [], True), ("cuda", [], True)],
 )
 def test_what_is_missing_decides_only_in_auto_mode(mode, missing, compiled):
     assert setup_script.builds_kernels(mode, missing) is compiled
 
 
-def test_cpu_mode_names_everything_that_is_missing():
-    with pytest.raises(SystemExit, match=r"MAS_FAST_BUILD=cpu needs what was not found:\n  - ninja\n  - pybind11$"):
-        setup_script.builds_kernels("cpu", ["ninja", "pybind11"])
+@pytest.mark.parametrize("mode", ["cpu", "cuda"])
+def test_everything_that_is_missing_is_named(mode):
+    message = rf"MAS_FAST_BUILD={mode} needs what was not found:\n  - ninja\n  - pybind11$"
+    with pytest.raises(SystemExit, match=message):
+        setup_script.builds_kernels(mode, ["ninja", "pybind11"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "missing", "cuda_torch", "compiled"),
+    [
+        ("auto", [], True, True),
+        ("auto", [], False, False),
+        ("auto", ["nvcc"], True, False),
+        ("cpu", [], True, False),
+        ("cuda", [], False, True),
+    ],
+)
+def test_cuda_is_compiled_where_it_is_asked_for_or_of_use(monkeypatch, mode, missing, cuda_torch, compiled):
+    monkeypatch.setattr(setup_script, "torch_has_cuda", lambda: cuda_torch)
+    assert setup_script.builds_cuda(mode, missing) is compiled
+
+
+def test_a_cuda_build_of_torch_is_told_by_its_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup_script, "find_torch_dir", lambda: tmp_path)
+    assert not setup_script.torch_has_cuda()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libtorch_cuda.so").touch()
+    assert setup_script.torch_has_cuda()
+
+
+def test_nvcc_is_found_where_the_environment_says(tmp_path):
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Copyright 2005-2021; Cuda compilation tools, release 11.5, V11.5.119'\n")
+    nvcc.chmod(0o755)
+    assert setup_script.find_nvcc({"CUDA_HOME": str(tmp_path)}) == str(nvcc)
+    assert setup_script.find_nvcc({"PATH": str(nvcc.parent)}) == str(nvcc)
+    assert setup_script.find_nvcc({"CUDACXX": str(nvcc)}) == str(nvcc)
+    assert setup_script.find_nvcc({"CUDACXX": str(tmp_path / "absent"), "PATH": str(nvcc.parent)}) is None
+    assert setup_script.missing_for_cuda({"CUDACXX": str(nvcc)}) == [
+        f"nvcc >= 12.0: {nvcc} is 11.5; set CUDACXX to another"
+    ]
+
+
+def test_cuda_kernels_need_linux_and_nvcc(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(setup_script, "find_nvcc", lambda environ: None)
+    assert setup_script.missing_for_cuda({}) == [
+        "Linux: the CUDA kernels are not built on darwin",
+        "nvcc >= 12.0: install the CUDA toolkit, or set CUDACXX or CUDA_HOME to where it is",
+    ]
 
 
 @pytest.fixture
@@ -252,6 +331,28 @@ def test_cpu_mode_without_a_compiler_is_an_error(tree, monkeypatch):
     assert "MAS_FAST_BUILD=cpu needs what was not found:\n  - a C++20 compiler: tried absent-compiler" in done.stdout
 
 
+@pytest.mark.slow
+def test_cuda_mode_without_nvcc_is_an_error(tree, monkeypatch):
+    monkeypatch.setenv("CUDACXX", "absent-nvcc")
+    done = run_backend(tree, "build_wheel", "cuda")
+    assert done.returncode != 0
+    assert "MAS_FAST_BUILD=cuda needs what was not found:\n" in done.stdout
+    assert "  - nvcc >= 12.0: install the CUDA toolkit" in done.stdout
+
+
+@needs_cuda_tools
+@pytest.mark.slow
+def test_a_cuda_wheel_loads_without_a_gpu(tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDAARCHS", "90")
+    wheel, _, output = build_wheel(tree, "cuda")
+    assert "mas_fast: compiling the CPU and CUDA kernels" in output
+    library, info = unpacked(wheel, tmp_path)
+    subprocess.run([sys.executable, "-c", LOAD_OP, str(library), "cuda"], check=True)
+    assert info["build"] == "cuda"
+    assert info["cuda_architectures"] == ["90"]
+    assert info["cuda_compiler"].startswith("nvcc ")
+
+
 @needs_tools
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", "cpu"])
@@ -275,16 +376,11 @@ def test_switching_modes_back_and_forth_leaves_nothing_behind(tree, tmp_path):
     assert again == names
 
     # The library of the last wheel works, and _C says what is in it.
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    (library,) = (tmp_path / "site/mas_fast").glob("_kernels.*")
-    subprocess.run([sys.executable, "-c", LOAD_OP, str(library)], check=True)
-    print_info = "import json, mas_fast._C; print(json.dumps(mas_fast._C.build_info()))"
-    environ = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    output = subprocess.run(
-        [sys.executable, "-c", print_info], cwd=tmp_path, env=environ, check=True, stdout=subprocess.PIPE
-    )
-    info = json.loads(output.stdout)
+    library, info = unpacked(wheel, tmp_path)
+    subprocess.run([sys.executable, "-c", LOAD_OP, str(library), "cpu"], check=True)
     assert info["version"] == "1.2.3"
+    assert info["build"] == "cpu"
+    assert info["cuda_architectures"] == []
     assert info["oldest_torch"] == "2.10"
     assert info["torch"] == setup_script.torch_version()
     is_x86 = info["architecture"] in ("x86_64", "AMD64")

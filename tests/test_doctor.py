@@ -55,16 +55,42 @@ def test_the_report_says_versions_machine_build_and_the_whole_table():
         assert row.reason in line
 
 
-def test_a_build_is_described_with_everything_that_build_info_says():
+@pytest.mark.parametrize(
+    ("architectures", "cuda"),
+    [((), "no CUDA kernels"), (("80", "90"), "CUDA kernels for compute capability 80, 90 by nvcc 13.0.88")],
+)
+def test_a_build_is_described_with_everything_that_build_info_says(architectures, cuda):
     info = {
         "architecture": "x86_64",
         "instruction_sets": ("baseline", "avx2"),
         "compiler": "GNU 12.2.0",
+        "cuda_compiler": "nvcc 13.0.88",
+        "cuda_architectures": architectures,
         "torch": "2.13.0",
         "oldest_torch": "2.10",
     }
-    expected = "C++ kernels for x86_64 (baseline, avx2) by GNU 12.2.0 with torch 2.13.0; needs torch >= 2.10"
+    expected = f"C++ kernels for x86_64 (baseline, avx2) by GNU 12.2.0, {cuda}, with torch 2.13.0; needs torch >= 2.10"
     assert doctor.build_text(info) == expected
+
+
+STEP_OPS = {"penalty_grad_", "sgd_step_", "adamw_step_", "encode_omega", "decode_omega"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_kernel_for_gpus_is_claimed_exactly_where_the_library_has_one(monkeypatch, there):
+    monkeypatch.setattr(ops, "_reference_reason", None)
+    monkeypatch.setattr(ops, "cpu_capability", lambda: "avx2")
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: there and key == "CUDA")
+    rows = {row.op: row for row in ops.implementations() if row.device == "cuda"}
+    assert {op for op, row in rows.items() if row.implementation == "CUDA"} == (STEP_OPS if there else set())
+    assert all(row.reason for row in rows.values() if row.implementation == "reference")
+    assert "MAS_FAST_BUILD=cuda compiles it" in rows["sgd_step_"].reason or there
+
+
+def test_chosen_reference_kernels_are_what_runs_on_gpus(monkeypatch):
+    monkeypatch.setattr(ops, "_reference_reason", "MAS_FAST_KERNELS=reference")
+    (row,) = [row for row in ops.implementations() if row.device == "cuda" and row.op == "sgd_step_"]
+    assert row[2:] == ("reference", "MAS_FAST_KERNELS=reference")
 
 
 def test_a_python_only_build_says_how_to_get_the_kernels():

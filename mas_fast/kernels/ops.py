@@ -1,7 +1,8 @@
 """Every op of mas_fast, declared once: schema, argument checks, fake, and which implementation runs on which device.
 
 The plain-torch reference is the default kernel of every op, so the package is complete before anything is compiled. The
-compiled library (csrc/cpu) overlays it for CPU tensors through PyTorch's dispatcher. Letters as in reference.py.
+compiled library overlays it through PyTorch's dispatcher: for CPU tensors (csrc/cpu), and, if it was built so, for the
+ops of the training step on NVIDIA GPUs (csrc/cuda). Letters as in reference.py.
 """
 
 import ctypes
@@ -177,10 +178,20 @@ def implementations() -> Implementations:
     """Return what runs each op on each device on this machine, and why the alternatives do not."""
     isa = cpu_capability()
     cpu = ("reference", _reference_reason or "") if isa is None else (f"C++ ({isa})", "")
-    cuda = ("reference", "no GPU kernels in this version")
     return Implementations(
-        [Implementation(op, device, *row) for op in OPS for device, row in (("cpu", cpu), ("cuda", cuda))]
+        [Implementation(op, device, *row) for op in OPS for device, row in (("cpu", cpu), ("cuda", _on_cuda(op)))]
     )
+
+
+def _on_cuda(op: str) -> tuple[str, str]:
+    """Return what runs an op on NVIDIA GPUs, and why nothing faster does."""
+    if op.startswith("accumulate_"):
+        return "reference", "no GPU kernel in this version"
+    if _reference_reason is not None:
+        return "reference", _reference_reason
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"mas_fast::{op}", "CUDA"):
+        return "CUDA", ""
+    return "reference", "not compiled in this installation (MAS_FAST_BUILD=cuda compiles it)"
 
 
 def accumulate_linear_(omega: Tensor, grad_output: Tensor, input: Tensor, square: bool = False) -> None:
