@@ -212,7 +212,8 @@ def _paths(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[tuple[s
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 found.setdefault(id(parameter), (*path, key))
-        waiting += [(child, (*path, key)) for key, child in module._modules.items() if child is not None]
+        children = [(child, (*path, key)) for key, child in module._modules.items() if child is not None]
+        waiting += reversed(children)  # in the order of names, of which that of a shared parameter is its first
     return [found.get(id(parameter), ()) for parameter in parameters]
 
 

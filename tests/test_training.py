@@ -259,6 +259,21 @@ def test_a_step_sees_what_changed_in_the_model(change):
     assert float(mas.add_penalty_grad_()) == pytest.approx(value, rel=1e-6, abs=1e-12)
 
 
+def test_a_step_sees_that_the_first_owner_of_a_shared_parameter_has_changed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    mas = MAS(model, LAM)
+    omegas = {"0.weight": torch.rand(3, 3)}
+    mas.consolidate(Importance(omegas, 1))
+    anchors = {"0.weight": model[0].weight.detach().clone()}
+    mas.penalty()
+    model[0] = nn.Linear(3, 3, bias=False)
+    difference = model[0].weight.detach() - anchors["0.weight"]
+    value = LAM * float((omegas["0.weight"] * difference.square()).sum())
+    assert mas.penalty().item() == pytest.approx(value, rel=1e-6)
+
+
 @pytest.mark.parametrize("state", [STATES["float32"], STATES["8-bit, own θ*"]], ids=["float32", "8-bit"])
 def test_adapt_to_a_model_that_changed(state):
     model, mas, _, anchors = problem(((4, 3), (6,), (5,)), **state)
