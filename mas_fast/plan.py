@@ -55,7 +55,7 @@ class Traced(NamedTuple):
 
     root: nn.Module | None
     path: tuple[str, ...]
-    numel: int
+    shape: torch.Size
     device: torch.device
     requires_grad: bool
 
@@ -92,7 +92,7 @@ class Plan:
         paths = _paths(model, self._parameters)
         self._links = _links(model, paths, self._parameters)
         self._traced = [
-            Traced(*_traced_path(model, path), parameter.numel(), parameter.device, parameter.requires_grad)
+            Traced(*_traced_path(model, path), parameter.shape, parameter.device, parameter.requires_grad)
             for path, parameter in zip(paths, self._parameters, strict=True)
         ]
         self._held = Held(
@@ -183,7 +183,7 @@ class Plan:
             for key in traced.path[:-1]:
                 module = module._modules[key]
             theta = module._parameters[traced.path[-1]]
-            if (theta.numel(), theta.device, theta.requires_grad) != traced[2:]:
+            if (theta.shape, theta.device, theta.requires_grad) != traced[2:]:
                 return None
             found.append(theta)
         return found

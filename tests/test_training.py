@@ -310,3 +310,12 @@ def test_the_kernels_that_ran_are_the_compiled_ones():
     rows = {row.op: row.implementation for row in mas_fast.implementations() if row.device == "cpu"}
     if ops.cpu_capability() is not None:
         assert all(rows[op].startswith("C++") for op in ("penalty_grad_", "sgd_step_", "adamw_step_", "encode_omega"))
+
+
+def test_a_compiled_step_does_not_take_another_shape_for_the_same():
+    model, mas, _, _ = problem(((3, 4),))
+    compiled = torch.compile(lambda: mas.penalty(), backend="aot_eager", fullgraph=True)
+    compiled()
+    model.p0 = nn.Parameter(model.p0.detach().t().contiguous())
+    with pytest.raises((ValueError, torch._dynamo.exc.Unsupported)):
+        compiled()
