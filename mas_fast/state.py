@@ -198,6 +198,7 @@ def from_entries(entries: Mapping[str, Any], parameters: Parameters, keeping: Ke
                 tensor = Kept(tensor.detach().contiguous(), scales[name].contiguous()).tensor()
             omegas[name] = keeping.omega(placed_like(tensor.detach(), like).clone())
     anchors = {name: keeping.anchor(placed_like(anchor[name].detach(), parameters[name]).clone()) for name in names}
+    _refuse_overflow(omegas, anchors, parameters)
     return State(omegas, anchors, {name: int(num_samples[name]) for name in names}, dict(entries["meaning"]))
 
 
@@ -244,8 +245,23 @@ def adapted(
         omega[name] = keeping.omega(placed_like(_with_corner(zeros, old), like))
         old = full(anchor[name].tensor()).to(whole.device)
         anchor[name] = keeping.anchor(placed_like(_with_corner(whole, old), like))
+    _refuse_overflow(omega, anchor, parameters)
     num_samples = {new: state.num_samples[name] for name, new in new_names.items()}
     return State(omega, anchor, num_samples, state.meaning if omega else {})
+
+
+def _refuse_overflow(omega: Mapping[str, Kept], anchor: Mapping[str, Kept], parameters: Parameters) -> None:
+    """Raise if what is kept is not finite though what came in was: its dtype is too narrow."""
+    ranks = Ranks.holding(parameters[name] for name in omega)
+    lines = []
+    for what, kept in (("omega", omega), ("anchor", anchor)):
+        reasons = {name: unusable_reason(own.checkable) for name, own in kept.items()}
+        lines += [f"the {what} of {name!r} {reason}" for name, reason in reasons.items() if reason]
+    lines = [line for part in ranks.gather(lines) for line in part]
+    if lines:
+        raise ValueError(
+            f"omega and anchor must stay finite, got an overflow: keep them in wider dtypes{bullets(lines)}"
+        )
 
 
 def _matches(patterns: Iterable[str], names: Iterable[str], argument: str) -> tuple[list[str], list[str]]:

@@ -319,3 +319,15 @@ def test_a_compiled_step_does_not_take_another_shape_for_the_same():
     model.p0 = nn.Parameter(model.p0.detach().t().contiguous())
     with pytest.raises((ValueError, torch._dynamo.exc.Unsupported)):
         compiled()
+
+
+@pytest.mark.parametrize("narrow", [{"anchor_dtype": torch.float16}, {"omega_dtype": torch.float16}], ids=["θ*", "Ω"])
+def test_a_state_that_overflows_when_it_is_loaded_is_refused(narrow):
+    model, mas, omegas, _ = problem(((3, 4),))
+    with torch.no_grad():
+        model.p0 += 1e6
+    mas.consolidate(Importance({"p0": omegas["p0"] * 1e6}, 1))
+    other = MAS(model, **narrow)
+    with pytest.raises(ValueError, match="must stay finite, got an overflow"):
+        other.load_state_dict(mas.state_dict())
+    assert not other.omega
