@@ -19,6 +19,36 @@ enum class Storage : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kCode };
 // Entries of an encoded Ω that share a scale.
 constexpr int64_t kCodeBlock = 128;
 
+MAS_FAST_BOTH int64_t bytes_of(Storage storage) {
+  switch (storage) {
+    case Storage::kFloat64:
+      return 8;
+    case Storage::kFloat32:
+      return 4;
+    case Storage::kCode:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+// The least number that memory rounds to inf.
+template <class T>
+MAS_FAST_BOTH T limit_of(Storage storage) {
+  if (storage == Storage::kFloat16) return T(65520);
+  if (storage == Storage::kBFloat16) return T(0x1.ffp127);
+  if (sizeof(T) == 8 && storage == Storage::kFloat32) return T(0x1.ffffffp127);
+  return T(__builtin_huge_val());
+}
+
+MAS_FAST_BOTH int64_t ceil_div(int64_t count, int64_t part) { return (count + part - 1) / part; }
+
+template <class T>
+MAS_FAST_BOTH T root(T value) {
+  if constexpr (sizeof(T) == sizeof(double)) return T(__builtin_sqrt(double(value)));
+  return T(__builtin_sqrtf(float(value)));
+}
+
 // Conversions between numbers and bits, without branches, so that compilers can vectorise them.
 
 template <class To, class From>
@@ -68,6 +98,11 @@ MAS_FAST_BOTH uint16_t to_float16(float value) {
 MAS_FAST_BOTH float from_code(uint8_t code, float scale) {
   const float root = float(code) * (1.0f / 255.0f);  // exactly 1 for 255
   return root * root * scale;
+}
+
+// The inverse of from_code. Divided by the scale itself: its inverse overflows where it is denormal.
+MAS_FAST_BOTH uint8_t to_code(float value, float scale) {
+  return scale > 0.0f ? uint8_t(__builtin_rintf(root(value / scale) * 255.0f)) : uint8_t(0);
 }
 
 // λ Ω (θ − θ*): half of the penalty's gradient; times θ − θ* it is the penalty itself.
@@ -132,11 +167,6 @@ struct AdamW {
     }
     const T next = keep * theta - rate * (mean / (root(second) * root_correction + eps));
     return implicit ? proximal(next, hold.anchor, twice_lr * lam, hold.omega) : next;
-  }
-
-  static MAS_FAST_BOTH T root(T value) {
-    if constexpr (sizeof(T) == sizeof(double)) return T(__builtin_sqrt(double(value)));
-    return T(__builtin_sqrtf(float(value)));
   }
 };
 

@@ -6,13 +6,39 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+
+#include "arithmetic.h"
 
 namespace mas_fast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// How a tensor of the training step keeps its numbers; codes of Ω are the business of whoever takes them.
+inline Storage storage_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::kFloat32;
+    case ScalarType::Double:
+      return Storage::kFloat64;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    case ScalarType::Half:
+      return Storage::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline void check_lists(std::initializer_list<size_t> sizes) {
+  for (const size_t size : sizes) {
+    STD_TORCH_CHECK(size == *sizes.begin(), "lists must have an entry for each parameter, got ", size, " and ",
+                    *sizes.begin());
+  }
+}
 
 inline void check_omega(const char* name, const Tensor& omega, int64_t dims) {
   STD_TORCH_CHECK(omega.dim() == dims, name, " must have ", dims, " axes, got ", omega.dim());

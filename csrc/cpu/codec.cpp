@@ -26,10 +26,7 @@ std::tuple<Tensor, Tensor> encode_omega(const Tensor omega) {
       float scale = 0;
       for (int64_t i = first; i < last; ++i) scale = std::max(scale, from[i]);
       largest[b] = scale;
-      for (int64_t i = first; i < last; ++i) {
-        // Divided by the scale itself: its inverse overflows where it is denormal.
-        to[i] = scale > 0 ? uint8_t(std::nearbyint(std::sqrt(from[i] / scale) * 255.0f)) : 0;
-      }
+      for (int64_t i = first; i < last; ++i) to[i] = to_code(from[i], scale);
     }
   });
   return {codes, scales};

@@ -111,8 +111,6 @@ class Scratch {
   T* entries_;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Calls f<float>() or f<double>() by the dtype of omega.
 template <class F>
 void with_omega_type(const Tensor& omega, F f) {

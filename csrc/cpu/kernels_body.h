@@ -34,28 +34,11 @@ constexpr int64_t kWidth = MAS_FAST_VECTOR_BYTES / sizeof(T);
 // Storage types of data; arithmetic is in float, or in double for double.
 struct BFloat16 {
   uint16_t bits;
-  operator float() const {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-  }
+  operator float() const { return from_bfloat16(bits); }
 };
 struct Float16 {
   uint16_t bits;
-  operator float() const {
-    // The exponent is moved by a multiplication, which gets denormals right as well; inf and nan keep a full exponent.
-    const uint32_t magnitude = uint32_t(bits & 0x7fff) << 13;
-    float value;
-    std::memcpy(&value, &magnitude, sizeof value);
-    value *= 0x1p112f;
-    uint32_t wide;
-    std::memcpy(&wide, &value, sizeof wide);
-    if ((bits & 0x7c00) == 0x7c00) wide |= 0x7f800000u;
-    wide |= uint32_t(bits & 0x8000) << 16;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-  }
+  operator float() const { return from_float16(bits); }
 };
 
 template <class T, class In>

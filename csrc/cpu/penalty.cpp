@@ -19,15 +19,6 @@ struct PenaltyRow : Row {
   bool wide = false;
 };
 
-// The least number that memory rounds to inf.
-template <class T>
-T limit_of(Storage storage) {
-  if (storage == Storage::kFloat16) return T(65520);
-  if (storage == Storage::kBFloat16) return T(0x1.ffp127);
-  if (sizeof(T) == 8 && storage == Storage::kFloat32) return T(0x1.ffffffp127);
-  return std::numeric_limits<T>::infinity();
-}
-
 template <class T>
 StepSum step(const PenaltyRow& row, int64_t first, int64_t count, bool add) {
   if (!row.omega) {

@@ -21,40 +21,11 @@ using Tensors = std::vector<Tensor>;
 // Entries of a chunk: enough to be worth a task, few enough to share out a single tensor.
 constexpr int64_t kChunk = 16 * kStepBlock;
 
-inline Storage storage_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::kFloat32;
-    case ScalarType::Double:
-      return Storage::kFloat64;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    case ScalarType::Half:
-      return Storage::kFloat16;
-    case ScalarType::Byte:
-      return Storage::kCode;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16, or uint8 for codes of omega");
-  }
-}
-
-inline int64_t bytes_of(Storage storage) {
-  switch (storage) {
-    case Storage::kFloat64:
-      return 8;
-    case Storage::kFloat32:
-      return 4;
-    case Storage::kCode:
-      return 1;
-    default:
-      return 2;
-  }
-}
-
 // The memory of one tensor; null for one that is not there.
 struct Operand {
   Operand() = default;
-  Operand(const char* name, const Tensor& tensor, int64_t count) : storage(storage_of(name, tensor)) {
+  Operand(const char* name, const Tensor& tensor, int64_t count, bool may_be_codes = false)
+      : storage(may_be_codes && tensor.scalar_type() == ScalarType::Byte ? Storage::kCode : storage_of(name, tensor)) {
     STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
     STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
     STD_TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " entries, got ", tensor.numel());
@@ -100,11 +71,9 @@ struct Row {
   Row(const Tensors& thetas, const Tensors& omegas, const Tensors& scales, const Tensors& anchors,
       const std::vector<double>& lams, size_t i)
       : count(thetas[i].numel()), theta("theta", thetas[i], count), lam(lams[i]) {
-    STD_TORCH_CHECK(theta.storage != Storage::kCode, "theta must be floating-point");
     if (omegas[i].numel() == 0) return;
-    omega = Operand("omega", omegas[i], count);
+    omega = Operand("omega", omegas[i], count, true);
     anchor = Operand("anchor", anchors[i], count);
-    STD_TORCH_CHECK(anchor.storage != Storage::kCode, "anchor must be floating-point");
     if (omega.storage == Storage::kCode) {
       const int64_t blocks = ceil_div(count, kCodeBlock);
       STD_TORCH_CHECK(scales[i].is_cpu() && scales[i].is_contiguous() && scales[i].numel() == blocks &&
@@ -148,13 +117,6 @@ struct HeldBlock {
  private:
   static inline const Operand kNone;
 };
-
-inline void check_lists(std::initializer_list<size_t> sizes) {
-  for (const size_t size : sizes) {
-    STD_TORCH_CHECK(size == *sizes.begin(), "lists must have an entry for each parameter, got ", size, " and ",
-                    *sizes.begin());
-  }
-}
 
 // Runs f(row, first, count) -> StepSum on all blocks of all rows; returns float64 [rows, 2], the sums by row.
 template <class Rows, class F>

@@ -40,8 +40,6 @@ __global__ void __launch_bounds__(kThreads)
   if (i < count) omega[i] = from_code(codes[i], scales[i / kCodeBlock]);
 }
 
-int64_t ceil_div(int64_t count, int64_t part) { return (count + part - 1) / part; }
-
 unsigned blocks_for(int64_t count, int64_t entries_per_block) {
   const int64_t blocks = ceil_div(count, entries_per_block);
   STD_TORCH_CHECK(blocks < int64_t(1) << 31, "omega must have fewer than 2^39 entries, got ", count);

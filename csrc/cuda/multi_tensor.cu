@@ -113,21 +113,6 @@ Tensor cached_table(const Rows& rows, const OnDevice& on) {
   return own.entries.front().memory;
 }
 
-Storage storage_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::kFloat32;
-    case ScalarType::Double:
-      return Storage::kFloat64;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    case ScalarType::Half:
-      return Storage::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
-  }
-}
-
 // Where a device finds the entries of a tensor.
 char* device_address(const char* name, const Tensor& tensor, const Tensor& like, int64_t count, bool may_be_pinned) {
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
@@ -187,13 +172,6 @@ cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return static_cast<cudaStream_t>(stream);
-}
-
-void check_lists(std::initializer_list<size_t> sizes) {
-  for (const size_t size : sizes) {
-    STD_TORCH_CHECK(size == *sizes.begin(), "lists must have an entry for each parameter, got ", size, " and ",
-                    *sizes.begin());
-  }
 }
 
 Rows::Rows(const Tensors& thetas, const Tensors& omegas, const Tensors& scales, const Tensors& anchors,

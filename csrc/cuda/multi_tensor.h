@@ -27,8 +27,6 @@ struct Rows {
   std::vector<Numbers> numbers;
 };
 
-void check_lists(std::initializer_list<size_t> sizes);
-
 // Rows and numbers on the device.
 struct Table {
   Tensor memory;

@@ -52,19 +52,6 @@ struct Numbers {
   double rate, root_correction;  // of AdamW, where they are not the same for all
 };
 
-MAS_FAST_BOTH int bytes_of(Storage storage) {
-  switch (storage) {
-    case Storage::kFloat64:
-      return 8;
-    case Storage::kFloat32:
-      return 4;
-    case Storage::kCode:
-      return 1;
-    default:
-      return 2;
-  }
-}
-
 MAS_FAST_BOTH char* address(const Row& row, int place, int64_t entry) {
   return row.data[place] + entry * bytes_of(row.kept(place));
 }

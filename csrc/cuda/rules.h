@@ -19,15 +19,6 @@ MAS_FAST_BOTH double penalty_of(const Entries<T, V>& e, T lam) {
   return double(value);
 }
 
-// The least number that memory rounds to inf.
-template <class T>
-MAS_FAST_BOTH T limit_of(Storage storage) {
-  if (storage == Storage::kFloat16) return T(65520);
-  if (storage == Storage::kBFloat16) return T(0x1.ffp127);
-  if (sizeof(T) == 8 && storage == Storage::kFloat32) return T(0x1.ffffffp127);
-  return T(__builtin_huge_val());
-}
-
 template <class T>
 struct PenaltyRule {
   static constexpr unsigned kReads = mask_of(kTheta) | mask_of(kGrad) | mask_of(kOmega) | mask_of(kAnchor);
@@ -142,11 +133,5 @@ struct AdamWRule {
   T lam = 0;
   bool held = false;
 };
-
-// Ω in 8 bits, the inverse of from_code. The division is by the scale itself: its inverse overflows where it is
-// denormal.
-MAS_FAST_BOTH uint8_t to_code(float value, float scale) {
-  return scale > 0.0f ? uint8_t(__builtin_rintf(AdamW<float>::root(value / scale) * 255.0f)) : uint8_t(0);
-}
 
 }  // namespace mas_fast::cuda
