@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from mas_fast.checks import bullets
+from mas_fast.kernels import steps
 from mas_fast.kernels.steps import Held, contiguous, penalty
 from mas_fast.plan import Group
-from mas_fast.sharding import local, placed_like, same_place
+from mas_fast.sharding import locals_of, placed_like, same_place, sum_over_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,7 +34,7 @@ def penalty_value(groups: Sequence[Group], dtype: torch.dtype) -> Tensor:
     """
     values = []
     for group in groups:
-        thetas = [t if t.is_contiguous() else t.contiguous() for t in _parts(group, group.parameters)]
+        thetas = [t if t.is_contiguous() else t.contiguous() for t in locals_of(group.parameters)]
         value = _Penalty.apply(group.held, *thetas).sum()
         values.append(_SumOverRanks.apply(value, group.ranks) if group.ranks else value)
     return _total(values, dtype)
@@ -63,9 +63,9 @@ def penalty_by_parameter(groups: Sequence[Group]) -> dict[str, float]:
     """Return λ Σ Ω(θ − θ*)² of each parameter by its name."""
     found: dict[str, float] = {}
     for group in groups:
-        with contiguous(_parts(group, group.parameters)) as thetas:
+        with contiguous(locals_of(group.parameters)) as thetas:
             sums = torch.ops.mas_fast.penalty_grad_([], thetas, *group.held)
-        found |= zip(group.names, _sum_over_ranks(sums, group.ranks)[:, 0].tolist(), strict=True)
+        found |= zip(group.names, sum_over_ranks(sums, group.ranks)[:, 0].tolist(), strict=True)
     return found
 
 
@@ -85,23 +85,15 @@ def add_penalty_grad_(groups: Sequence[Group], dtype: torch.dtype) -> Tensor:
     values = []
     for group in groups:
         grads = _gradients(group)
-        with (
-            contiguous(_parts(group, group.parameters)) as thetas,
-            contiguous(_parts(group, grads), written=True) as flat,
-        ):
-            sums = torch.ops.mas_fast.penalty_grad_(flat, thetas, *group.held)
+        sums = steps.add_penalty_grad_(locals_of(grads), locals_of(group.parameters), group.held)
         # Kernels write past autograd, which must still refuse a backward through a graph that needs the old gradient.
         torch.autograd.graph.increment_version(grads)
-        total = _sum_over_ranks(sums.sum(0), group.ranks)
+        total = sum_over_ranks(sums.sum(0), group.ranks)
         # To look at it is to wait for the device, which only the dtype that overflows in practice is worth.
         if torch.float16 in map(_dtype_of, grads) and total[1] > 0:
             _refuse_overflow(group, grads, sums[:, 1].tolist())
         values.append(total[0])
     return _total(values, dtype)
-
-
-def _parts(group: Group, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    return [local(tensor) for tensor in tensors] if group.is_sharded else tensors
 
 
 def _total(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -151,18 +143,12 @@ def _refuse_overflow(group: Group, grads: Sequence[Tensor], lost: Sequence[float
     )
 
 
-def _sum_over_ranks(value: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
-    for group in groups:
-        dist.all_reduce(value, group=group)
-    return value
-
-
 class _SumOverRanks(torch.autograd.Function):
     """Sum of a value over ranks, each of which differentiates its own part alone."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, groups: tuple[ProcessGroup, ...]) -> Tensor:
-        return _sum_over_ranks(value.clone(), groups)
+        return sum_over_ranks(value.clone(), groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mas_fast.kernels.steps import Held
+from mas_fast.kernels.steps import Held, check_held
 from mas_fast.names import unwrapped
-from mas_fast.sharding import is_sharded, splitting_groups
+from mas_fast.sharding import is_sharded, local, splitting_groups
 from mas_fast.state import State
 
 if TYPE_CHECKING:
@@ -99,8 +99,9 @@ class Plan:
             [state.omega[name].values.view(-1) for name in self._names],
             [state.omega[name].scales for name in self._names],
             [state.anchor[name].values.view(-1) for name in self._names],
-            [],
+            [lams[name] for name in self._names],
         )
+        check_held([*map(local, self._parameters)], self._held)
         self.groups: list[Group] = []
         self._ready: dict[tuple[int, ...], tuple[list[Tensor], Held]] = {}
         self.set_lams(lams)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor
+from torch import distributed as dist
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,6 +24,11 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, sharing its memory and its graph; a plain tensor is its own part."""
     return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def locals_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return this rank's parts of tensors, which are all spread over ranks or none is."""
+    return [local(tensor) for tensor in tensors] if tensors and is_sharded(tensors[0]) else tensors
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -71,3 +77,10 @@ def splitting_groups(tensor: Tensor) -> tuple[ProcessGroup, ...]:
         return ()
     placements = enumerate(tensor.placements)
     return tuple(tensor.device_mesh.get_group(axis) for axis, placement in placements if placement.is_shard())
+
+
+def sum_over_ranks(value: Tensor, groups: Iterable[ProcessGroup]) -> Tensor:
+    """Sum a value over the ranks of every group, in place, and return it."""
+    for group in groups:
+        dist.all_reduce(value, group=group)
+    return value

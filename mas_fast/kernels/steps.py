@@ -115,17 +115,16 @@ def _gradients(
     return grads
 
 
-_HELD = "Tensor[] omegas, Tensor[] scales, Tensor[] anchors, float[] lams"
 for _name, _schema, _kernel, _fake in (
     (
         "penalty",
-        f"(Tensor[] thetas, {_HELD}) -> Tensor",
+        f"(Tensor[] thetas, {ops.HELD}) -> Tensor",
         _values,
         lambda thetas, *held: thetas[0].new_empty(len(thetas), dtype=torch.float64),
     ),
     (
         "penalty_grad",
-        f"(Tensor factors, Tensor[] thetas, {_HELD}) -> Tensor[]",
+        f"(Tensor factors, Tensor[] thetas, {ops.HELD}) -> Tensor[]",
         _gradients,
         lambda factors, thetas, *held: [torch.empty_like(theta) for theta in thetas],
     ),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mas_fast.kernels.steps import Held, adamw_step_
 from mas_fast.mas import MAS
-from mas_fast.optim.penalty_step import Batch, PenaltyStep, local_parts, local_thetas_and_grads, number, state_like
+from mas_fast.optim.penalty_step import Batch, PenaltyStep, local_thetas_and_grads, number, state_like
+from mas_fast.sharding import locals_of
 
 
 class AdamW(PenaltyStep, torch.optim.AdamW):
@@ -92,7 +93,7 @@ class AdamW(PenaltyStep, torch.optim.AdamW):
                 state["step"] = torch.zeros((), dtype=wide, device="cpu")
                 state |= {name: state_like(torch.zeros_like, parameter) for name in moments}
         counts = [state["step"] for state in states]
-        means, squares, *largest = (local_parts([state[name] for state in states]) for name in moments)
+        means, squares, *largest = (locals_of([state[name] for state in states]) for name in moments)
         values = adamw_step_(
             *local_thetas_and_grads(batch),
             means,

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.optim import Optimizer
 
+from mas_fast.checks import DTYPES
 from mas_fast.kernels.steps import Held
 from mas_fast.mas import MAS
-from mas_fast.sharding import is_sharded, local, placed_like, splitting_groups
+from mas_fast.sharding import is_sharded, locals_of, placed_like, splitting_groups, sum_over_ranks
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Options of torch that choose between its implementations, and what they must be here.
 INERT = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
 # Parameters that a message lists.
@@ -124,7 +123,7 @@ class PenaltyStep(Optimizer):
                 self._list_free()
             total = self._zero() if not batches else None
             for batch, held in zip(batches, holds, strict=True):
-                value = _sum_over_ranks(self._advance(batch, held)[:, 0].sum(), batch.parameters[0])
+                value = sum_over_ranks(self._advance(batch, held)[:, 0].sum(), splitting_groups(batch.parameters[0]))
                 # Kernels write past autograd, which must still refuse a backward through a graph made before.
                 torch.autograd.graph.increment_version(batch.parameters)
                 total = value if total is None else total + value.to(total.device, non_blocking=True)
@@ -188,30 +187,18 @@ def state_like(make: Callable[..., Tensor], parameter: Tensor) -> Tensor:
     return make(parameter, memory_format=torch.contiguous_format)
 
 
-def local_parts(tensors: list[Tensor]) -> list[Tensor]:
-    """Return this rank's parts of tensors, which are all spread over ranks or none is."""
-    return [local(tensor) for tensor in tensors] if tensors and is_sharded(tensors[0]) else tensors
-
-
-def local_thetas_and_grads(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+def local_thetas_and_grads(batch: Batch) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Return what the kernels see of a batch."""
     grads = batch.grads
     if is_sharded(batch.parameters[0]):
         # A gradient may be a sum that the ranks have yet to form.
         grads = [placed_like(grad, theta) for grad, theta in zip(grads, batch.parameters, strict=True)]
-    return local_parts(batch.parameters), local_parts(grads)
+    return locals_of(batch.parameters), locals_of(grads)
 
 
 def number(value: float | Tensor) -> float:
     """Return an option of a group, which schedulers may keep in a tensor."""
     return float(value.item() if isinstance(value, Tensor) else value)
-
-
-def _sum_over_ranks(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return the sum over the ranks that hold different parts of the parameter."""
-    for group in splitting_groups(parameter):
-        dist.all_reduce(value, group=group)
-    return value
 
 
 def _shortened(entries: list[str]) -> str:

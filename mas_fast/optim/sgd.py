@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mas_fast.kernels.steps import Held, sgd_step_
 from mas_fast.mas import MAS
-from mas_fast.optim.penalty_step import Batch, PenaltyStep, local_parts, local_thetas_and_grads, number, state_like
+from mas_fast.optim.penalty_step import Batch, PenaltyStep, local_thetas_and_grads, number, state_like
+from mas_fast.sharding import locals_of
 
 
 class SGD(PenaltyStep, torch.optim.SGD):
@@ -92,7 +93,7 @@ class SGD(PenaltyStep, torch.optim.SGD):
             momenta = [self.state[parameter]["momentum_buffer"] for parameter in batch.parameters]
         values = sgd_step_(
             *local_thetas_and_grads(batch),
-            local_parts(momenta),
+            locals_of(momenta),
             held,
             lr=number(group["lr"]),
             momentum=number(group["momentum"]),
