@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mas_fast.kernels.steps import Held, adamw_step_
 from mas_fast.mas import MAS
-from mas_fast.optim.penalty_step import Batch, PenaltyStep, local_thetas_and_grads, number, state_like
+from mas_fast.optim.penalty_step import Batch, PenaltyStep, keep_state, new_counts, new_state, number
 from mas_fast.sharding import locals_of
 
 
@@ -26,6 +26,8 @@ class AdamW(PenaltyStep, torch.optim.AdamW):
         implicit: Whether the penalty is applied as a proximal step.
         penalty: As in `SGD`.
     """
+
+    _counts_steps = True
 
     def __init__(
         self,
@@ -80,27 +82,23 @@ class AdamW(PenaltyStep, torch.optim.AdamW):
             fused=fused,
         )
 
-    def _is_fresh(self, group: dict[str, Any], parameter: Tensor) -> bool:
-        return not self.state.get(parameter)
+    def _needs(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
-    def _advance(self, batch: Batch, held: Held) -> Tensor:
-        group, states = batch.group, [self.state[parameter] for parameter in batch.parameters]
-        moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
-        if batch.fresh:
-            # As torch makes it: on the host, where reading it costs nothing.
-            wide = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-            for parameter, state in zip(batch.parameters, states, strict=True):
-                state["step"] = torch.zeros((), dtype=wide, device="cpu")
-                state |= {name: state_like(torch.zeros_like, parameter) for name in moments}
-        counts = [state["step"] for state in states]
-        means, squares, *largest = (locals_of([state[name] for state in states]) for name in moments)
+    def _advance(self, batch: Batch, grads: Sequence[Tensor], held: Held) -> Tensor:
+        group, kept, counts = batch.group, batch.kept, batch.counts
+        if counts is None:
+            kept = new_state(batch, self._needs(group), torch.zeros_like)
+            counts = new_counts(len(batch.parameters))
+            keep_state(batch, self, {**kept, "step": list(counts.unbind())})
         values = adamw_step_(
-            *local_thetas_and_grads(batch),
-            means,
-            squares,
-            largest[0] if largest else [],
+            locals_of(batch.parameters),
+            grads,
+            locals_of(kept["exp_avg"]),
+            locals_of(kept["exp_avg_sq"]),
+            locals_of(kept["max_exp_avg_sq"]) if group["amsgrad"] else [],
             held,
-            steps=[count.item() + 1 for count in counts],
+            steps=counts.add(1).tolist(),
             lr=number(group["lr"]),
             beta1=number(group["betas"][0]),
             beta2=number(group["betas"][1]),
@@ -110,6 +108,5 @@ class AdamW(PenaltyStep, torch.optim.AdamW):
             maximize=group["maximize"],
             implicit=self.implicit,
         )
-        # A number would be made into a tensor for every count.
-        torch._foreach_add_(counts, torch.ones((), device="cpu"), alpha=1.0)
+        counts.add_(1)
         return values

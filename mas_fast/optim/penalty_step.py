@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mas_fast.checks import DTYPES
+from mas_fast.checks import DTYPES, bullets
 from mas_fast.kernels.steps import Held
 from mas_fast.mas import MAS
-from mas_fast.sharding import is_sharded, locals_of, placed_like, splitting_groups, sum_over_ranks
+from mas_fast.sharding import is_sharded, locals_of, placed_like, same_place, splitting_groups, sum_over_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_grad_of = attrgetter("grad")
+_layout_of = attrgetter("layout")
 
 # Options of torch that choose between its implementations, and what they must be here.
 INERT = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
@@ -22,12 +29,60 @@ LISTED = 5
 
 
 class Batch(NamedTuple):
-    """Parameters that step in one call: of one group, on one device, and spread over ranks in one way."""
+    """Parameters that step in one call: of one group, on one device, and spread over ranks in one way.
+
+    Attributes:
+        group: Their group.
+        parameters: θ.
+        states: The dicts of their state; none where they have no state.
+        kept: What the dicts hold, a list by name; none where it is still to be made.
+        fresh: Whether it is still to be made.
+        counts: Of AdamW, the steps taken, float [n] on the host; every `step` of the state is an entry of it.
+        ranks: The process groups in which ranks hold different parts.
+    """
 
     group: dict[str, Any]
     parameters: list[Tensor]
-    grads: list[Tensor]
-    fresh: bool  # their state is still to be made
+    states: list[dict[str, Any]]
+    kept: dict[str, list[Any]]
+    fresh: bool
+    counts: Tensor | None
+    ranks: tuple[ProcessGroup, ...]
+
+    def is_current(self) -> bool:
+        """Return whether the state still holds the same tensors."""
+        return not self.fresh and all(
+            all(map(is_, [state.get(name) for state in self.states], tensors)) for name, tensors in self.kept.items()
+        )
+
+
+class Prepared(NamedTuple):
+    """The batches of a step, and what they were made of.
+
+    Attributes:
+        members: The parameters that have a gradient, by group.
+        needs: The names of the state that each group needs.
+        states: All dicts of the optimizer's state.
+        batches: The batches.
+    """
+
+    members: list[list[Tensor]]
+    needs: list[tuple[str, ...]]
+    states: list[dict[str, Any]]
+    batches: list[Batch]
+
+    def holds_for(
+        self, members: list[list[Tensor]], needs: list[tuple[str, ...]], states: list[dict[str, Any]]
+    ) -> bool:
+        """Return whether the batches of a step would be these: found out without a look at every tensor."""
+        return (
+            needs == self.needs
+            and [*map(len, members)] == [*map(len, self.members)]
+            and all(all(map(is_, now, then)) for now, then in zip(members, self.members, strict=True))
+            and len(states) == len(self.states)
+            and all(map(is_, states, self.states))
+            and all(batch.is_current() for batch in self.batches)
+        )
 
 
 class PenaltyStep(Optimizer):
@@ -37,6 +92,8 @@ class PenaltyStep(Optimizer):
     implicit: bool
     penalty: Tensor | None
     _listed_free: bool
+    _prepared: Prepared | None
+    _counts_steps: ClassVar[bool]
 
     def _attach(self, mas: MAS, implicit: bool) -> None:
         if not isinstance(mas, MAS):
@@ -45,6 +102,7 @@ class PenaltyStep(Optimizer):
         self.implicit = bool(implicit)
         self.penalty = None
         self._listed_free = False
+        self._prepared = None
 
     # The base class pickles and copies its own attributes alone.
     def __getstate__(self) -> dict[str, Any]:
@@ -54,6 +112,7 @@ class PenaltyStep(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what `load_state_dict` read, also of torch's fused or capturable optimizers."""
         super().__setstate__(state)
+        self._prepared = None
         for group in self.param_groups:
             group.update({name: value for name, value in INERT.items() if name in group})
             for parameter in group["params"]:
@@ -94,6 +153,7 @@ class PenaltyStep(Optimizer):
                 "give them to an optimizer of torch"
             )
         self.param_groups.append(group)
+        self._listed_free = False
 
     # torch.compile would trace it, and lose what it writes to this object. The public decorator imports the compiler.
     @torch._disable_dynamo
@@ -118,12 +178,13 @@ class PenaltyStep(Optimizer):
                     loss = closure()
             # All is checked before anything is changed.
             batches = self._batches()
+            grads = [_dense_grads(batch) for batch in batches]
             holds = [self.mas._held(batch.parameters) for batch in batches]
             if not self._listed_free and self.mas.omega:
                 self._list_free()
             total = self._zero() if not batches else None
-            for batch, held in zip(batches, holds, strict=True):
-                value = sum_over_ranks(self._advance(batch, held)[:, 0].sum(), splitting_groups(batch.parameters[0]))
+            for batch, own, held in zip(batches, grads, holds, strict=True):
+                value = sum_over_ranks(self._advance(batch, own, held)[:, 0].sum(), batch.ranks)
                 # Kernels write past autograd, which must still refuse a backward through a graph made before.
                 torch.autograd.graph.increment_version(batch.parameters)
                 total = value if total is None else total + value.to(total.device, non_blocking=True)
@@ -131,30 +192,58 @@ class PenaltyStep(Optimizer):
         return loss
 
     def _batches(self) -> list[Batch]:
+        """Return the batches of this step, prepared anew only where something has changed since the last one."""
+        members = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        needs = [self._needs(group) for group in self.param_groups]
+        states = list(self.state.values())
+        if self._prepared is None or not self._prepared.holds_for(members, needs, states):
+            self._prepared = None
+            batches = self._prepare(members, needs)
+            self._prepared = Prepared(members, needs, list(self.state.values()), batches)
+        return self._prepared.batches
+
+    def _prepare(self, members: list[list[Tensor]], needs: list[tuple[str, ...]]) -> list[Batch]:
+        problems = []
         found: list[Batch] = []
-        sparse = []
-        for group in self.param_groups:
+        for group, parameters, names in zip(self.param_groups, members, needs, strict=True):
             batches: dict[tuple[object, ...], Batch] = {}
-            for parameter in group["params"]:
-                grad = parameter.grad
-                if grad is None:
-                    continue
-                if grad.layout is not torch.strided:
-                    sparse.append(f"{list(parameter.shape)}")
-                fresh = self._is_fresh(group, parameter)
-                key = parameter.device, fresh, splitting_groups(parameter) if is_sharded(parameter) else None
-                batch = batches.get(key)
-                if batch is None:
-                    batch = batches[key] = Batch(group, [], [], fresh)
+            for parameter in parameters:
+                state = self.state.get(parameter, {}) if names else {}
+                fresh = bool(names) and all(state.get(name) is None for name in names)
+                reasons = [_unwritable(parameter), *(_misfit(state, name, parameter) for name in names if not fresh)]
+                if self._counts_steps and not fresh and not isinstance(state.get("step"), (Tensor, float, int)):
+                    reasons.append("has no number 'step' in its state")
+                problems += [f"{self._label(group, parameter)} {reason}" for reason in reasons if reason]
+                ranks = splitting_groups(parameter)
+                key = parameter.device, fresh, is_sharded(parameter), ranks
+                batch = batches.setdefault(key, Batch(group, [], [], {}, fresh, None, ranks))
                 batch.parameters.append(parameter)
-                batch.grads.append(grad)
+                batch.states.append(state)
             found += batches.values()
-        if sparse:
-            raise ValueError(
-                f".grad must be dense, got sparse ones for parameters of shape {_shortened(sparse)}: build "
-                "nn.Embedding with sparse=False, or give it to an optimizer of torch"
-            )
-        return found
+        if problems:
+            raise ValueError(f"parameters and their state must fit each other, got:{bullets(problems)}")
+        return [self._completed(batch, self._needs(batch.group)) for batch in found]
+
+    def _completed(self, batch: Batch, names: tuple[str, ...]) -> Batch:
+        """Return a batch with its state, in memory that the kernels can walk through."""
+        if batch.fresh:
+            return batch
+        counts = None
+        if self._counts_steps:
+            # In one tensor they are read and counted up at once; each stays an entry of the state, as in torch.
+            counts = new_counts(len(batch.states))
+            counts.copy_(torch.tensor([float(state["step"]) for state in batch.states], device="cpu"))
+            for state, count in zip(batch.states, counts.unbind(), strict=True):
+                state["step"] = count
+        for state in batch.states:
+            state.update({name: state[name].contiguous() for name in names})
+        kept = {name: [state[name] for state in batch.states] for name in (*names, *["step"] * self._counts_steps)}
+        return batch._replace(kept=kept, counts=counts)
+
+    def _label(self, group: dict[str, Any], parameter: Tensor) -> str:
+        index = next(index for index, own in enumerate(group["params"]) if own is parameter)
+        names = group.get("param_names")
+        return repr(names[index]) if names else f"the parameter of shape {list(parameter.shape)}"
 
     def _list_free(self) -> None:
         self._listed_free = True
@@ -174,31 +263,73 @@ class PenaltyStep(Optimizer):
         first = next((p for group in self.param_groups for p in group["params"]), torch.empty(()))
         return torch.zeros((), dtype=torch.float64, device=first.device)
 
-    def _is_fresh(self, group: dict[str, Any], parameter: Tensor) -> bool:
+    def _needs(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of the state that a group needs, all of the parameters' shapes."""
         raise NotImplementedError
 
-    def _advance(self, batch: Batch, held: Held) -> Tensor:
+    def _advance(self, batch: Batch, grads: Sequence[Tensor], held: Held) -> Tensor:
         """Step a batch, and return the op's values, float64 [n, 2]."""
         raise NotImplementedError
 
 
-def state_like(make: Callable[..., Tensor], parameter: Tensor) -> Tensor:
-    """Make a tensor of a parameter's state: contiguous as the kernels want it, whatever the layout of the parameter."""
-    return make(parameter, memory_format=torch.contiguous_format)
+def new_state(batch: Batch, names: Sequence[str], make: Callable[..., Tensor]) -> dict[str, list[Tensor]]:
+    """Make the state of a fresh batch: contiguous as the kernels want it, whatever the layout of the parameters."""
+    return {name: [make(p, memory_format=torch.contiguous_format) for p in batch.parameters] for name in names}
 
 
-def local_thetas_and_grads(batch: Batch) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Return what the kernels see of a batch."""
-    grads = batch.grads
-    if is_sharded(batch.parameters[0]):
-        # A gradient may be a sum that the ranks have yet to form.
-        grads = [placed_like(grad, theta) for grad, theta in zip(grads, batch.parameters, strict=True)]
-    return locals_of(batch.parameters), locals_of(grads)
+def new_counts(count: int) -> Tensor:
+    """Return as many zeros, in which steps are counted as torch does it: on the host, where reading costs nothing."""
+    wide = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.zeros(count, dtype=wide, device="cpu")
+
+
+def keep_state(batch: Batch, optimizer: Optimizer, state: dict[str, list[Any]]) -> None:
+    """Write what was made for a fresh batch into the state of its optimizer."""
+    for name, tensors in state.items():
+        for parameter, tensor in zip(batch.parameters, tensors, strict=True):
+            optimizer.state[parameter][name] = tensor
 
 
 def number(value: float | Tensor) -> float:
     """Return an option of a group, which schedulers may keep in a tensor."""
     return float(value.item() if isinstance(value, Tensor) else value)
+
+
+def _dense_grads(batch: Batch) -> Sequence[Tensor]:
+    """Return this rank's parts of the gradients.
+
+    Raises:
+        ValueError: A gradient is sparse.
+    """
+    grads = [*map(_grad_of, batch.parameters)]
+    if {*map(_layout_of, grads)} - {torch.strided}:
+        sparse = [str(list(grad.shape)) for grad in grads if grad.layout is not torch.strided]
+        raise ValueError(
+            f".grad must be dense, got sparse ones for parameters of shape {_shortened(sparse)}: build "
+            "nn.Embedding with sparse=False, or give it to an optimizer of torch"
+        )
+    if is_sharded(batch.parameters[0]):
+        # A gradient may be a sum that the ranks have yet to form.
+        grads = [placed_like(grad, theta) for grad, theta in zip(grads, batch.parameters, strict=True)]
+    return locals_of(grads)
+
+
+def _unwritable(parameter: Tensor) -> str | None:
+    if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
+        return "is expanded, and its entries share memory: clone() it"
+    return None
+
+
+def _misfit(state: dict[str, Any], name: str, parameter: Tensor) -> str | None:
+    kept = state.get(name)
+    if not isinstance(kept, Tensor):
+        return f"has no tensor {name!r} in its state"
+    if kept.shape != parameter.shape or kept.dtype not in DTYPES or kept.layout is not torch.strided:
+        got = f"{kept.layout} {kept.dtype} {list(kept.shape)}"
+        return f"has a {name!r} that must be dense, floating-point and of shape {list(parameter.shape)}, got {got}"
+    if not same_place(kept, parameter):
+        return f"is on {parameter.device}, and its {name!r} on {kept.device}, or spread over ranks differently"
+    return None
 
 
 def _shortened(entries: list[str]) -> str:

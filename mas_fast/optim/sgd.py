@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mas_fast.kernels.steps import Held, sgd_step_
 from mas_fast.mas import MAS
-from mas_fast.optim.penalty_step import Batch, PenaltyStep, local_thetas_and_grads, number, state_like
+from mas_fast.optim.penalty_step import Batch, PenaltyStep, keep_state, new_state, number
 from mas_fast.sharding import locals_of
 
 
@@ -28,6 +28,8 @@ class SGD(PenaltyStep, torch.optim.SGD):
             their device, without waiting for it; None before the first step. Under fully_shard it is the sum over the
             ranks.
     """
+
+    _counts_steps = False
 
     def __init__(
         self,
@@ -81,19 +83,16 @@ class SGD(PenaltyStep, torch.optim.SGD):
             fused=fused,
         )
 
-    def _is_fresh(self, group: dict[str, Any], parameter: Tensor) -> bool:
-        # No entry is made in a state that needs none.
-        return group["momentum"] != 0 and self.state.get(parameter, {}).get("momentum_buffer") is None
+    def _needs(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _advance(self, batch: Batch, held: Held) -> Tensor:
-        group, momenta = batch.group, []
-        if batch.fresh:
-            momenta = [state_like(torch.empty_like, parameter) for parameter in batch.parameters]
-        elif group["momentum"]:
-            momenta = [self.state[parameter]["momentum_buffer"] for parameter in batch.parameters]
+    def _advance(self, batch: Batch, grads: Sequence[Tensor], held: Held) -> Tensor:
+        group = batch.group
+        kept = new_state(batch, self._needs(group), torch.empty_like) if batch.fresh else batch.kept
         values = sgd_step_(
-            *local_thetas_and_grads(batch),
-            locals_of(momenta),
+            locals_of(batch.parameters),
+            grads,
+            locals_of(kept.get("momentum_buffer", [])),
             held,
             lr=number(group["lr"]),
             momentum=number(group["momentum"]),
@@ -106,6 +105,5 @@ class SGD(PenaltyStep, torch.optim.SGD):
         )
         if batch.fresh:
             # Only now that something stands in them.
-            for parameter, buffer in zip(batch.parameters, momenta, strict=True):
-                self.state[parameter]["momentum_buffer"] = buffer
+            keep_state(batch, self, kept)
         return values
