@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 _grad_of = attrgetter("grad")
 _dtype_of = attrgetter("dtype")
+
+
+def _layout_of(grad: Tensor | None) -> torch.layout | None:
+    return None if grad is None else grad.layout
 
 
 def penalty_value(groups: Sequence[Group], dtype: torch.dtype) -> Tensor:
@@ -81,16 +85,17 @@ def add_penalty_grad_(groups: Sequence[Group], dtype: torch.dtype) -> Tensor:
         ValueError: A `.grad` is sparse; nothing is changed.
         FloatingPointError: Entries of float16 gradients overflowed.
     """
-    _check_dense(groups)
+    given = [_dense_grads(group) for group in groups]
     values = []
-    for group in groups:
-        grads = _gradients(group)
+    for group, own in zip(groups, given, strict=True):
+        grads = _writable(group, own)
         sums = steps.add_penalty_grad_(locals_of(grads), locals_of(group.parameters), group.held)
         # Kernels write past autograd, which must still refuse a backward through a graph that needs the old gradient.
         torch.autograd.graph.increment_version(grads)
         total = sum_over_ranks(sums.sum(0), group.ranks)
-        # To look at it is to wait for the device, which only the dtype that overflows in practice is worth.
-        if torch.float16 in map(_dtype_of, grads) and total[1] > 0:
+        # To look at it is to wait for the device, which only the dtype that overflows in practice is worth; on the host
+        # it costs less than to look at the dtypes.
+        if not (sums.is_cpu and total[1] == 0) and torch.float16 in map(_dtype_of, grads) and total[1] > 0:
             _refuse_overflow(group, grads, sums[:, 1].tolist())
         values.append(total[0])
     return _total(values, dtype)
@@ -103,23 +108,23 @@ def _total(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
-def _check_dense(groups: Sequence[Group]) -> None:
-    sparse = [
-        name
-        for group in groups
-        for name, grad in zip(group.names, map(_grad_of, group.parameters), strict=True)
-        if grad is not None and grad.layout is not torch.strided
-    ]
-    if sparse:
+def _dense_grads(group: Group) -> list[Tensor | None]:
+    grads = [*map(_grad_of, group.parameters)]
+    if {*map(_layout_of, grads)} - {torch.strided, None}:
+        rows = zip(group.names, grads, strict=True)
+        sparse = [name for name, grad in rows if _layout_of(grad) not in (torch.strided, None)]
         raise ValueError(
             f".grad must be dense to take a dense penalty, got sparse ones for {', '.join(map(repr, sparse))}: "
             "build nn.Embedding with sparse=False, or leave it out of the importance"
         )
+    return grads
 
 
-def _gradients(group: Group) -> list[Tensor]:
+def _writable(group: Group, grads: list[Tensor | None]) -> list[Tensor]:
     """Return gradients that can be written to, after making those that are missing."""
-    grads = [*map(_grad_of, group.parameters)]
+    present = cast("list[Tensor]", grads)
+    if not group.is_sharded and None not in {*map(_layout_of, grads)} and all(map(Tensor.is_contiguous, present)):
+        return present
     for index, (parameter, grad) in enumerate(zip(group.parameters, grads, strict=True)):
         if grad is None:
             grads[index] = parameter.grad = torch.zeros_like(parameter)
@@ -129,7 +134,7 @@ def _gradients(group: Group) -> list[Tensor]:
         elif group.is_sharded and not same_place(grad, parameter):
             # A sum that the ranks have yet to form.
             grads[index] = parameter.grad = placed_like(grad, parameter)
-    return grads
+    return present
 
 
 def _refuse_overflow(group: Group, grads: Sequence[Tensor], lost: Sequence[float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -58,6 +58,14 @@ class Traced(NamedTuple):
     shape: torch.Size
     device: torch.device
     requires_grad: bool
+
+
+class Links(NamedTuple):
+    """Entries of the tables of modules, as three lists: so they are compared fastest."""
+
+    holders: list[dict[str, Any]]
+    names: list[str]
+    values: list[object]
 
 
 class Plan:
@@ -116,11 +124,10 @@ class Plan:
 
     def holds(self, model: nn.Module, state: State) -> bool:
         """Return whether a model still has the same parameters where they were, of the same kind, and the same Ω."""
-        if model is not self._model or state is not self.state or not self._links:
+        if model is not self._model or state is not self.state or self._links is None:
             return False
-        for holder, key, value in self._links:
-            if holder.get(key) is not value:
-                return False
+        if not all(map(is_, map(dict.get, self._links.holders, self._links.names), self._links.values)):
+            return False
         return [*map(_facts_of, self._parameters)] == self._facts
 
     def held_for(self, parameters: Sequence[Tensor]) -> Held:
@@ -176,7 +183,7 @@ class Plan:
 
         None if they are not as they were, or cannot be traced: DTensors, and what is in no table of a module.
         """
-        if not self._links or any(group.is_sharded for group in self.groups):
+        if self._links is None or any(group.is_sharded for group in self.groups):
             return None
         found = []
         for traced in self._traced:
@@ -230,14 +237,12 @@ def _traced_path(model: nn.Module, path: tuple[str, ...]) -> tuple[nn.Module | N
     return root, rest
 
 
-def _links(
-    model: nn.Module, paths: Sequence[tuple[str, ...]], parameters: Sequence[nn.Parameter]
-) -> list[tuple[dict[str, Any], str, object]]:
-    """Return the entries of tables that lead from a model to its parameters, each once; none if one has no path."""
+def _links(model: nn.Module, paths: Sequence[tuple[str, ...]], parameters: Sequence[nn.Parameter]) -> Links | None:
+    """Return the entries of tables that lead from a model to its parameters, each once; None if one has no path."""
     links: dict[tuple[int, str], tuple[dict[str, Any], str, object]] = {}
     for path, parameter in zip(paths, parameters, strict=True):
         if not path:
-            return []
+            return None
         module: Any = model
         for key in path[:-1]:
             child = module._modules[key]
@@ -245,4 +250,5 @@ def _links(
             module = child
         # A module and a parameter of it cannot have the same key.
         links[id(module), path[-1]] = module._parameters, path[-1], parameter
-    return list(links.values())
+    found = Links(*map(list, zip(*links.values(), strict=True)))
+    return found if all(isinstance(holder, dict) for holder in found.holders) else None

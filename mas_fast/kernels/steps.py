@@ -62,9 +62,12 @@ def penalty(thetas: Sequence[Tensor], held: Held) -> Tensor:
 
 
 @contextmanager
-def contiguous(tensors: Sequence[Tensor], written: bool = False) -> Iterator[list[Tensor]]:
+def contiguous(tensors: Sequence[Tensor], written: bool = False) -> Iterator[Sequence[Tensor]]:
     """Give tensors that a kernel can walk through; copies of others are written back if they are changed."""
-    flat = [t if t.is_contiguous() else t.contiguous() for t in tensors]
+    if all(map(Tensor.is_contiguous, tensors)):
+        yield tensors
+        return
+    flat = [tensor.contiguous() for tensor in tensors]
     yield flat
     if written:
         for own, copy in zip(tensors, flat, strict=True):
