@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
 #include "arithmetic.h"
 
@@ -31,6 +32,32 @@ inline Storage storage_of(const char* name, const Tensor& tensor) {
     default:
       STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
   }
+}
+
+// Where the Ω and θ* of parameter i lie: in which entry of their lists, from which number on, and from which scale on.
+// Without places each parameter has an entry of its own. A negative entry holds nothing.
+struct HoldPlace {
+  HoldPlace(const std::vector<int64_t>& places, size_t i)
+      : whole(places.empty()),
+        entry(whole ? int64_t(i) : places[3 * i]),
+        first(whole ? 0 : places[3 * i + 1]),
+        block(whole ? 0 : places[3 * i + 2]) {}
+  // Whether numbers from `begin` on fit into as many as there are; all of them, if the entry is the parameter's own.
+  bool fits(int64_t begin, int64_t count, int64_t size) const {
+    return whole ? count == size : begin >= 0 && count <= size - begin;
+  }
+
+  bool whole;
+  int64_t entry, first, block;
+};
+
+inline void check_holds(size_t thetas, size_t omegas, size_t scales, size_t anchors, size_t lams, size_t places) {
+  STD_TORCH_CHECK(
+      omegas == scales && omegas == anchors && thetas == lams && (places ? places == 3 * thetas : omegas == thetas),
+      "what holds ", thetas,
+      " parameters must have as many lams, and as many omegas, scales and anchors or "
+      "three places for each, got ",
+      lams, " lams, ", omegas, " omegas, ", scales, " scales, ", anchors, " anchors and ", places, " places");
 }
 
 inline void check_lists(std::initializer_list<size_t> sizes) {

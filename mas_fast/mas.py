@@ -19,6 +19,7 @@ from mas_fast.importance import Importance
 from mas_fast.kernels.steps import Held
 from mas_fast.lam import Lam, checked_lam, lams_of
 from mas_fast.merge import check_merge
+from mas_fast.packing import packed
 from mas_fast.penalty import add_penalty_grad_, penalty_by_parameter, penalty_value, traced_penalty_value
 from mas_fast.plan import Plan, nothing_holds
 from mas_fast.state import ENTRIES, TENSOR_ENTRIES, State, adapted, from_entries, merged
@@ -85,10 +86,14 @@ class MAS:
         self.merge = merge
         self.alpha = alpha
         self._keeping = Keeping(omega_dtype, anchor_dtype, state_device).checked()
-        self._state = State()
+        self._packed = packed(State())
         self._plan: Plan | None = None
         self._warned = False
         self.lam = lam
+
+    @property
+    def _state(self) -> State:
+        return self._packed.state
 
     @property
     def lam(self) -> Lam:
@@ -321,9 +326,10 @@ class MAS:
 
     def _replace(self, state: State, parameters: Mapping[str, nn.Parameter], lams: Mapping[str, float]) -> None:
         state = state.placed(parameters, self._keeping)
+        new = self._packed if state is self._state else packed(state)
         # Now, because torch.compile cannot trace how it is made.
-        plan = Plan(self.model, parameters, state, lams) if state.omega else None
-        self._state, self._plan = state, plan
+        plan = Plan(self.model, parameters, new, lams) if state.omega else None
+        self._packed, self._plan = new, plan
 
     def _current_plan(self) -> Plan | None:
         """Return what the penalty is computed from; None, which is warned of once, without any Ω."""

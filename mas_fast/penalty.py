@@ -68,8 +68,8 @@ def penalty_by_parameter(groups: Sequence[Group]) -> dict[str, float]:
     found: dict[str, float] = {}
     for group in groups:
         with contiguous(locals_of(group.parameters)) as thetas:
-            sums = torch.ops.mas_fast.penalty_grad_([], thetas, *group.held)
-        found |= zip(group.names, sum_over_ranks(sums, group.ranks)[:, 0].tolist(), strict=True)
+            values = steps.values(thetas, group.held)
+        found |= zip(group.names, sum_over_ranks(values, group.ranks).tolist(), strict=True)
     return found
 
 
@@ -167,7 +167,7 @@ class _Penalty(torch.autograd.Function):
     def forward(ctx: Any, held: Held, *thetas: Tensor) -> Tensor:
         ctx.held = held
         ctx.save_for_backward(*thetas)
-        return torch.ops.mas_fast.penalty_grad_([], thetas, *held)[:, 0].clone()
+        return steps.values(thetas, held)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mas_fast.kernels.steps import Held, check_held
 from mas_fast.names import unwrapped
+from mas_fast.packing import Packed
 from mas_fast.sharding import is_sharded, local, splitting_groups
 from mas_fast.state import State
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Lists of parameters whose Held is kept ready: optimizers step the same ones time after time.
 READY = 16
+# The place of what holds nothing.
+NOWHERE = -1, 0, 0
 
 _facts_of = attrgetter("shape", "dtype", "device", "requires_grad")
 
@@ -81,19 +84,20 @@ class Plan:
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], state: State, lams: Mapping[str, float]
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], packed: Packed, lams: Mapping[str, float]
     ) -> None:
         """Look everything up.
 
         Args:
             model: The model.
             parameters: Its parameters by name; Ω must fit them, and be where they are.
-            state: Not empty.
+            packed: The state, not empty.
             lams: λ of each parameter with an Ω.
         """
-        self.state = state
+        self.state = packed.state
+        self._packed = packed
         self._model = model
-        self._names = list(state.omega)
+        self._names = list(packed.state.omega)
         self._parameters = [parameters[name] for name in self._names]
         self._facts = [_facts_of(parameter) for parameter in self._parameters]
         self._index = {id(parameter): index for index, parameter in enumerate(self._parameters)}
@@ -103,22 +107,17 @@ class Plan:
             Traced(*_traced_path(model, path), parameter.shape, parameter.device, parameter.requires_grad)
             for path, parameter in zip(paths, self._parameters, strict=True)
         ]
-        self._held = Held(
-            [state.omega[name].values.view(-1) for name in self._names],
-            [state.omega[name].scales for name in self._names],
-            [state.anchor[name].values.view(-1) for name in self._names],
-            [lams[name] for name in self._names],
-        )
-        check_held([*map(local, self._parameters)], self._held)
+        self._lams: list[float] = []
         self.groups: list[Group] = []
         self._ready: dict[tuple[int, ...], tuple[list[Tensor], Held]] = {}
         self.set_lams(lams)
+        check_held([*map(local, self._parameters)], self._held_of(range(len(self._names))))
         active = [tensor for group in self.groups for tensor in (*group.parameters, *group.held.omegas)]
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in active) else torch.float32
 
     def set_lams(self, lams: Mapping[str, float]) -> None:
         """Change λ, given by name, and nothing else."""
-        self._held = self._held._replace(lams=[lams[name] for name in self._names])
+        self._lams = [lams[name] for name in self._names]
         self._ready.clear()
         self.groups = self._grouped()
 
@@ -131,29 +130,38 @@ class Plan:
         return [*map(_facts_of, self._parameters)] == self._facts
 
     def held_for(self, parameters: Sequence[Tensor]) -> Held:
-        """Return what holds given parameters: entries without elements and λ = 0 for those without an Ω."""
+        """Return what holds given parameters: nothing, with λ = 0, those without an Ω."""
         key = tuple(map(id, parameters))
         found = self._ready.get(key)
         if found is None:
             if len(self._ready) >= READY:
                 self._ready.clear()
             # The parameters are kept along, so that their ids stay theirs.
-            found = self._ready[key] = list(parameters), self._gathered(parameters)
+            # Nothing holds those that require no grad, as in the penalty itself.
+            indices = [self._index.get(id(p)) if p.requires_grad else None for p in parameters]
+            found = self._ready[key] = list(parameters), self._held_of(indices)
         return found[1]
 
     def unknown(self, parameters: Sequence[Tensor]) -> list[int]:
         """Return the indices of those parameters that have no Ω."""
         return [index for index, parameter in enumerate(parameters) if id(parameter) not in self._index]
 
-    def _gathered(self, parameters: Sequence[Tensor]) -> Held:
-        held = nothing_holds(parameters)
-        for index, parameter in enumerate(parameters):
-            own = self._index.get(id(parameter))
-            # Nothing holds those that require no grad, as in the penalty itself.
-            if own is not None and parameter.requires_grad:
-                for ours, all_of_them in zip(held, self._held, strict=True):
-                    ours[index] = all_of_them[own]  # type: ignore[index]
-        return held
+    def _held_of(self, indices: Iterable[int | None]) -> Held:
+        """Return what holds parameters given by their indices, None for those that nothing holds."""
+        entries: dict[int, int] = {}
+        lams: list[float] = []
+        places: list[int] = []
+        for index in indices:
+            if index is None:
+                lams.append(0.0)
+                places += NOWHERE
+            else:
+                entry, first, block = self._packed.places[self._names[index]]
+                lams.append(self._lams[index])
+                places += entries.setdefault(entry, len(entries)), first, block
+        _, *lists, _ = self._packed
+        omegas, scales, anchors = ([tensors[entry] for entry in entries] for tensors in lists)
+        return Held(omegas, scales, anchors, lams, places)
 
     def _grouped(self) -> list[Group]:
         members: dict[tuple[torch.device, bool, tuple[ProcessGroup, ...]], list[int]] = {}
@@ -163,8 +171,7 @@ class Plan:
                 members.setdefault(key, []).append(index)
         groups = []
         for (device, sharded, ranks), indices in members.items():
-            omegas, scales, anchors = ([entries[index] for index in indices] for entries in self._held[:3])
-            held = Held(omegas, scales, anchors, [self._held.lams[index] for index in indices])
+            held = self._held_of(indices)
             groups.append(
                 Group(
                     [self._names[index] for index in indices],
@@ -198,13 +205,8 @@ class Plan:
 
 
 def nothing_holds(parameters: Sequence[Tensor]) -> Held:
-    """Return entries for parameters without an Ω."""
-    empties: dict[torch.device, Tensor] = {}
-    for parameter in parameters:
-        if parameter.device not in empties:
-            empties[parameter.device] = torch.empty(0, device=parameter.device)
-    omegas = [empties[parameter.device] for parameter in parameters]
-    return Held(omegas, [*omegas], [*omegas], [0.0] * len(omegas))
+    """Return what holds parameters without an Ω."""
+    return Held([], [], [], [0.0] * len(parameters), [*NOWHERE] * len(parameters))
 
 
 def _paths(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[tuple[str, ...]]:

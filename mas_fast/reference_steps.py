@@ -6,6 +6,10 @@ One function for each op; compiled kernels replace them, and are tested against 
 parameter: `thetas`, `grads`, `anchors` θ* and state in any floating dtype, and Ω as `omegas` and `scales`: floating
 numbers with an empty scale, or the codes and scales of `encode_omega`. The arithmetic is in float32, or in float64
 where a tensor of the parameter is. Nothing of ours is imported here.
+
+Ω and θ* of many small parameters may stand one behind the other in one entry of `omegas`, `scales` and `anchors`:
+`places` then has three numbers for each parameter, its entry (negative for none), the first of its numbers there, and
+the first of its scales.
 """
 
 from collections.abc import Sequence
@@ -56,6 +60,8 @@ def penalty_grad_(
     lams: Sequence[float],
     factors: Tensor | None = None,
     add: bool = True,
+    *,
+    places: Sequence[int] = (),
 ) -> Tensor:
     """Add 2 f λ Ω (θ − θ*) to every gradient, and return the values λ Σ Ω (θ − θ*)².
 
@@ -68,10 +74,12 @@ def penalty_grad_(
         lams: λ of each parameter; an entry of `omegas` without elements means no penalty.
         factors: f, float64 [len(thetas)]; None is 1.
         add: Add to the gradients; otherwise they are overwritten.
+        places: Where Ω and θ* of each parameter are; empty where each has its own.
 
     Returns:
         float64 [len(thetas), 2]: the values, and how many entries of the gradient were finite before and are not now.
     """
+    omegas, scales, anchors = of_each(thetas, omegas, scales, anchors, places)
     rows = []
     for i, theta in enumerate(thetas):
         if omegas[i].numel() == 0:
@@ -109,6 +117,8 @@ def sgd_step_(
     maximize: bool = False,
     first: bool = False,
     implicit: bool = False,
+    *,
+    places: Sequence[int] = (),
 ) -> Tensor:
     """Take the step of torch.optim.SGD on loss + penalty; entries of `omegas` without elements mean no penalty.
 
@@ -129,10 +139,12 @@ def sgd_step_(
         first: The buffers hold nothing yet.
         implicit: Leave the penalty out of the gradient and take its proximal step afterwards:
             θ ← (θ + 2ηλΩθ*) / (1 + 2ηλΩ), stable for any λΩ.
+        places: As in `penalty_grad_`.
 
     Returns:
         float64 [len(thetas), 2]: the values λ Σ Ω (θ − θ*)² before the step, and zeros.
     """
+    omegas, scales, anchors = of_each(thetas, omegas, scales, anchors, places)
     rows = []
     for i, theta in enumerate(thetas):
         wide = _wide(theta, omegas[i], anchors[i], grads[i])
@@ -172,6 +184,8 @@ def adamw_step_(
     amsgrad: bool = False,
     maximize: bool = False,
     implicit: bool = False,
+    *,
+    places: Sequence[int] = (),
 ) -> Tensor:
     """Take the step of torch.optim.AdamW on loss + penalty; entries of `omegas` without elements mean no penalty.
 
@@ -194,10 +208,12 @@ def adamw_step_(
         amsgrad: Divide by the largest second moment so far.
         maximize: Follow +grads; the penalty is minimised all the same.
         implicit: As in `sgd_step_`, with this η: the penalty is not scaled by the moments then.
+        places: As in `penalty_grad_`.
 
     Returns:
         As `sgd_step_`.
     """
+    omegas, scales, anchors = of_each(thetas, omegas, scales, anchors, places)
     rows = []
     for i, theta in enumerate(thetas):
         wide = _wide(theta, omegas[i], anchors[i], grads[i])
@@ -220,8 +236,27 @@ def adamw_step_(
     return torch.stack(rows)
 
 
+def of_each(
+    thetas: Sequence[Tensor],
+    omegas: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    places: Sequence[int],
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Return Ω, scales and θ* with an entry for each parameter, without elements where nothing holds it."""
+    if not places:
+        return omegas, scales, anchors
+    own: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for theta, entry, first, block in zip(thetas, places[::3], places[1::3], places[2::3], strict=True):
+        numbers, of_scales = slice(first, first + theta.numel()), slice(block, block + -(-theta.numel() // BLOCK))
+        for mine, tensors, part in zip(own, (omegas, scales, anchors), (numbers, of_scales, numbers), strict=True):
+            mine.append(torch.empty(0, device=theta.device) if entry < 0 else tensors[entry][part])
+    return own
+
+
 def _wide(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    # An Ω without elements is none, whatever its dtype.
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors if t.numel()) else torch.float32
 
 
 def _omega(omega: Tensor, scale: Tensor, theta: Tensor) -> Tensor:

@@ -156,6 +156,59 @@ def test_by_hand():
     assert grad.tolist() == [13.0, 18.0]
 
 
+def together(own, sizes):
+    """Return what `held` drew with all in one entry: an odd number apart, and in another order than the parameters."""
+    omegas, scales, anchors, lams = own
+    places, parts = [[-1, 0, 0] for _ in sizes], ([], [], [])
+    for i in reversed(range(len(sizes))):
+        if len(omegas[i]):
+            # Of other lists only the lengths count: Ω and θ* begin together.
+            places[i] = [0, sum(map(len, parts[0])), sum(map(len, parts[1]))]
+            for part, tensor in zip(parts, (omegas[i], scales[i], anchors[i]), strict=True):
+                part.append(torch.cat([tensor, tensor[:1]]))
+    return [[torch.cat(part)] for part in parts], lams, list(itertools.chain(*places))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
+@pytest.mark.parametrize("implementation", [compiled, reference], ids=["compiled", "reference"])
+def test_parameters_that_share_an_entry(dtypes, implementation):
+    thetas, grads, own = held(dtypes)
+    lists, lams, places = together(own, SIZES)
+    results = []
+    for holding, options in ((own, {}), ((*lists, lams), {"places": places})):
+        new, added, stepped, mean, square = copies(grads, grads, thetas, grads, grads)
+        square = [s.abs_() for s in square]
+        results.append(
+            [
+                implementation.penalty_grad_(new, thetas, *holding, **options),
+                *new,
+                implementation.sgd_step_(stepped, added, [], *holding, 0.1, **options),
+                *stepped,
+                implementation.adamw_step_(
+                    stepped, added, mean, square, [], *holding, [1.0] * len(SIZES), 0.01, 0.9, 0.99, 1e-8, **options
+                ),
+                *stepped,
+            ]
+        )
+    if implementation is compiled and ops.cpu_capability() is not None:
+        assert all(map(torch.equal, *results))
+    else:
+        # torch's own sums depend on where in memory a tensor begins.
+        torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+
+
+@pytest.mark.skipif(ops.cpu_capability() is None, reason="the kernels' own checks")
+@pytest.mark.parametrize("place", [(0, 2, 0), (0, -1, 0), (1, 0, 0), (0, 0, 2), (0, 0, -1), (0, 2**62, 0)], ids=str)
+def test_places_outside_of_the_entries_are_refused(place):
+    codes, scales = steps.encode_omega(torch.rand(200))
+    theta = [torch.ones(199)]
+    held = steps.Held([codes], [scales], [torch.ones(200)], [1.0], [*place])
+    with pytest.raises(RuntimeError, match="must"):
+        steps.add_penalty_grad_([torch.ones(199)], theta, held)
+    fitting = held._replace(places=[0, 1, 0])
+    assert steps.add_penalty_grad_([torch.ones(199)], theta, fitting).shape == (1, 2)
+
+
 @pytest.mark.skipif(ops.cpu_capability() is None, reason="torch's own sums depend on the number of threads")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_sum_is_the_same_bits_on_every_run_and_for_any_number_of_threads(threads):
@@ -239,11 +292,14 @@ def test_derivatives():
 def test_opcheck():
     thetas, grads, own = held(DTYPES[2], sizes=(3, 200))
     thetas = [theta.requires_grad_() for theta in thetas]
-    torch.library.opcheck(compiled.penalty, (thetas, *own))
+    torch.library.opcheck(compiled.penalty, (thetas, *own, []))
     detached = [theta.detach() for theta in thetas]
     torch.library.opcheck(compiled.penalty_grad_, (grads, detached, *own))
-    torch.library.opcheck(compiled.penalty_grad, (torch.ones(2, dtype=torch.float64), detached, *own))
+    torch.library.opcheck(compiled.penalty_grad, (torch.ones(2, dtype=torch.float64), detached, *own, []))
     torch.library.opcheck(compiled.sgd_step_, (detached, grads, [], *own, 0.1))
+    lists, lams, places = together(own, (3, 200))
+    torch.library.opcheck(compiled.penalty, (thetas, *lists, lams, places))
+    torch.library.opcheck(compiled.penalty_grad_, (grads, detached, *lists, lams), {"places": places})
     moments = copies(grads, grads)
     torch.library.opcheck(compiled.adamw_step_, (detached, grads, *moments, [], *own, [1.0, 2.0], 0.1, 0.9, 0.99, 1e-8))
     torch.library.opcheck(compiled.encode_omega, (torch.rand(200),))

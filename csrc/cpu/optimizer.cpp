@@ -20,14 +20,12 @@ struct OptimizerRow : Row {
 
 // Rows of all lists; state lists may be empty where there is no such state.
 std::vector<OptimizerRow> rows_of(const Tensors& thetas, const Tensors& grads,
-                                  std::initializer_list<const Tensors*> states, const Tensors& omegas,
-                                  const Tensors& scales, const Tensors& anchors, const std::vector<double>& lams) {
-  STD_TORCH_CHECK(!thetas.empty(), "thetas must have at least one entry");
-  check_lists({thetas.size(), grads.size(), omegas.size(), scales.size(), anchors.size(), lams.size()});
+                                  std::initializer_list<const Tensors*> states, const Holding& holding) {
+  check_lists({thetas.size(), grads.size()});
   std::vector<OptimizerRow> rows;
   rows.reserve(thetas.size());
   for (size_t i = 0; i < thetas.size(); ++i) {
-    OptimizerRow& row = rows.emplace_back(thetas, omegas, scales, anchors, lams, i);
+    OptimizerRow& row = rows.emplace_back(thetas[i], holding, i);
     row.grad = Operand("grad", grads[i], row.count);
     row.wide = row.is_double() || row.grad.is_double();
     int s = 0;
@@ -58,8 +56,10 @@ StepSum with_block(const OptimizerRow& row, int64_t first, int64_t count, const 
 
 Tensor sgd_step_(Tensors thetas, const Tensors grads, Tensors momenta, const Tensors omegas, const Tensors scales,
                  const Tensors anchors, const std::vector<double> lams, double lr, double momentum, double dampening,
-                 double weight_decay, bool nesterov, bool maximize, bool first_step, bool implicit) {
-  const std::vector<OptimizerRow> rows = rows_of(thetas, grads, {&momenta}, omegas, scales, anchors, lams);
+                 double weight_decay, bool nesterov, bool maximize, bool first_step, bool implicit,
+                 const std::vector<int64_t> places) {
+  const Holding holding(thetas, omegas, scales, anchors, lams, places);
+  const std::vector<OptimizerRow> rows = rows_of(thetas, grads, {&momenta}, holding);
   STD_TORCH_CHECK(momentum == 0 || !momenta.empty(), "momenta must have an entry for each parameter with momentum");
   return run_steps(rows, thetas[0], [&](const OptimizerRow& row, int64_t first, int64_t count) {
     const auto step = [&]<class T>() {
@@ -78,9 +78,9 @@ Tensor sgd_step_(Tensors thetas, const Tensors grads, Tensors momenta, const Ten
 Tensor adamw_step_(Tensors thetas, const Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
                    const Tensors omegas, const Tensors scales, const Tensors anchors, const std::vector<double> lams,
                    const std::vector<double> steps, double lr, double beta1, double beta2, double eps,
-                   double weight_decay, bool amsgrad, bool maximize, bool implicit) {
-  std::vector<OptimizerRow> rows =
-      rows_of(thetas, grads, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, omegas, scales, anchors, lams);
+                   double weight_decay, bool amsgrad, bool maximize, bool implicit, const std::vector<int64_t> places) {
+  const Holding holding(thetas, omegas, scales, anchors, lams, places);
+  std::vector<OptimizerRow> rows = rows_of(thetas, grads, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, holding);
   check_lists({thetas.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size()});
   STD_TORCH_CHECK(!amsgrad || !max_exp_avg_sqs.empty(), "max_exp_avg_sqs must have an entry for each parameter");
   for (size_t i = 0; i < rows.size(); ++i) {

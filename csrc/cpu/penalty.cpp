@@ -38,9 +38,8 @@ StepSum step(const PenaltyRow& row, int64_t first, int64_t count, bool add) {
 
 Tensor penalty_grad_(Tensors grads, const Tensors thetas, const Tensors omegas, const Tensors scales,
                      const Tensors anchors, const std::vector<double> lams, const std::optional<Tensor> factors,
-                     bool add) {
-  STD_TORCH_CHECK(!thetas.empty(), "thetas must have at least one entry");
-  check_lists({thetas.size(), omegas.size(), scales.size(), anchors.size(), lams.size()});
+                     bool add, const std::vector<int64_t> places) {
+  const Holding holding(thetas, omegas, scales, anchors, lams, places);
   if (!grads.empty()) check_lists({thetas.size(), grads.size()});
   if (factors) {
     STD_TORCH_CHECK(factors->is_cpu() && factors->scalar_type() == ScalarType::Double && factors->is_contiguous() &&
@@ -50,7 +49,7 @@ Tensor penalty_grad_(Tensors grads, const Tensors thetas, const Tensors omegas, 
   std::vector<PenaltyRow> rows;
   rows.reserve(thetas.size());
   for (size_t i = 0; i < thetas.size(); ++i) {
-    PenaltyRow& row = rows.emplace_back(thetas, omegas, scales, anchors, lams, i);
+    PenaltyRow& row = rows.emplace_back(thetas[i], holding, i);
     if (!grads.empty()) row.grad = Operand("grad", grads[i], row.count);
     if (factors) row.factor = static_cast<const double*>(factors->const_data_ptr())[i];
     row.wide = row.is_double() || row.grad.is_double();

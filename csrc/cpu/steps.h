@@ -24,15 +24,22 @@ constexpr int64_t kChunk = 16 * kStepBlock;
 // The memory of one tensor; null for one that is not there.
 struct Operand {
   Operand() = default;
-  Operand(const char* name, const Tensor& tensor, int64_t count, bool may_be_codes = false)
+  Operand(const char* name, const Tensor& tensor, bool may_be_codes = false)
       : storage(may_be_codes && tensor.scalar_type() == ScalarType::Byte ? Storage::kCode : storage_of(name, tensor)) {
     STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
     STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-    STD_TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " entries, got ", tensor.numel());
     data = static_cast<char*>(tensor.mutable_data_ptr());
+  }
+  Operand(const char* name, const Tensor& tensor, int64_t count) : Operand(name, tensor) {
+    STD_TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " entries, got ", tensor.numel());
   }
   explicit operator bool() const { return data; }
   bool is_double() const { return data && storage == Storage::kFloat64; }
+  Operand from(int64_t entry) const {
+    Operand later = *this;
+    later.data = at(entry);
+    return later;
+  }
   char* at(int64_t entry) const { return data ? data + entry * bytes_of(storage) : nullptr; }
 
   Storage storage = Storage::kFloat32;
@@ -66,20 +73,54 @@ struct Loaded {
   T buffer_[kStepBlock];
 };
 
+// An entry of the lists of what holds: of one parameter, or of many.
+struct HoldEntry {
+  HoldEntry(const Tensor& omega, const Tensor& scales, const Tensor& anchor)
+      : count(omega.numel()), blocks(scales.numel()), omega("omega", omega, true), anchor("anchor", anchor, count) {
+    if (this->omega.storage != Storage::kCode) return;
+    STD_TORCH_CHECK(scales.is_cpu() && scales.is_contiguous() && scales.scalar_type() == ScalarType::Float,
+                    "scales must be float32 on the CPU and contiguous");
+    this->scales = static_cast<const float*>(scales.const_data_ptr());
+  }
+
+  int64_t count, blocks;
+  Operand omega, anchor;
+  const float* scales = nullptr;
+};
+
+// What holds the parameters of a call.
+struct Holding {
+  Holding(const Tensors& thetas, const Tensors& omegas, const Tensors& scales, const Tensors& anchors,
+          const std::vector<double>& lams, const std::vector<int64_t>& places)
+      : lams(lams), places(places) {
+    STD_TORCH_CHECK(!thetas.empty(), "thetas must have at least one entry");
+    check_holds(thetas.size(), omegas.size(), scales.size(), anchors.size(), lams.size(), places.size());
+    entries.reserve(omegas.size());
+    for (size_t i = 0; i < omegas.size(); ++i) entries.emplace_back(omegas[i], scales[i], anchors[i]);
+  }
+
+  std::vector<HoldEntry> entries;
+  const std::vector<double>& lams;
+  const std::vector<int64_t>& places;
+};
+
 // A parameter and what holds it; the op's own operands are beside it.
 struct Row {
-  Row(const Tensors& thetas, const Tensors& omegas, const Tensors& scales, const Tensors& anchors,
-      const std::vector<double>& lams, size_t i)
-      : count(thetas[i].numel()), theta("theta", thetas[i], count), lam(lams[i]) {
-    if (omegas[i].numel() == 0) return;
-    omega = Operand("omega", omegas[i], count, true);
-    anchor = Operand("anchor", anchors[i], count);
+  Row(const Tensor& tensor, const Holding& holding, size_t i)
+      : count(tensor.numel()), theta("theta", tensor, count), lam(holding.lams[i]) {
+    const HoldPlace at(holding.places, i);
+    if (at.entry < 0) return;
+    STD_TORCH_CHECK(at.entry < int64_t(holding.entries.size()), "places must name an omega, got ", at.entry);
+    const HoldEntry& entry = holding.entries[size_t(at.entry)];
+    if (entry.count == 0) return;
+    STD_TORCH_CHECK(at.fits(at.first, count, entry.count), "omega must have ", count, " entries, got ", entry.count,
+                    " from ", at.first, " on");
+    omega = entry.omega.from(at.first);
+    anchor = entry.anchor.from(at.first);
     if (omega.storage == Storage::kCode) {
-      const int64_t blocks = ceil_div(count, kCodeBlock);
-      STD_TORCH_CHECK(scales[i].is_cpu() && scales[i].is_contiguous() && scales[i].numel() == blocks &&
-                          scales[i].scalar_type() == ScalarType::Float,
-                      "scales must be float32 on the CPU, contiguous, one for each ", kCodeBlock, " codes");
-      this->scales = static_cast<const float*>(scales[i].const_data_ptr());
+      STD_TORCH_CHECK(at.fits(at.block, ceil_div(count, kCodeBlock), entry.blocks), "scales must be float32 and one for each ",
+                      kCodeBlock, " codes");
+      scales = entry.scales + at.block;
     }
   }
   bool is_double() const { return theta.is_double() || omega.is_double() || anchor.is_double(); }

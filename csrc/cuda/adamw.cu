@@ -14,8 +14,8 @@ namespace {
 Tensor adamw_step_(Tensors thetas, const Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
                    const Tensors omegas, const Tensors scales, const Tensors anchors, const std::vector<double> lams,
                    const std::vector<double> steps, double lr, double beta1, double beta2, double eps,
-                   double weight_decay, bool amsgrad, bool maximize, bool implicit) {
-  Rows rows(thetas, omegas, scales, anchors, lams);
+                   double weight_decay, bool amsgrad, bool maximize, bool implicit, const std::vector<int64_t> places) {
+  Rows rows(thetas, omegas, scales, anchors, lams, places);
   check_lists({thetas.size(), grads.size(), exp_avgs.size(), exp_avg_sqs.size(), steps.size()});
   STD_TORCH_CHECK(!amsgrad || !max_exp_avg_sqs.empty(), "max_exp_avg_sqs must have an entry for each parameter");
   rows.put(kGrad, "grads", grads);

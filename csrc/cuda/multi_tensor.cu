@@ -114,10 +114,9 @@ Tensor cached_table(const Rows& rows, const OnDevice& on) {
 }
 
 // Where a device finds the entries of a tensor.
-char* device_address(const char* name, const Tensor& tensor, const Tensor& like, int64_t count, bool may_be_pinned) {
+char* device_address(const char* name, const Tensor& tensor, const Tensor& like, bool may_be_pinned) {
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-  STD_TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " entries, got ", tensor.numel());
-  if (count == 0) return nullptr;
+  if (tensor.numel() == 0) return nullptr;
   void* const data = const_cast<void*>(tensor.const_data_ptr());
   if (tensor.is_cuda()) {
     STD_TORCH_CHECK(tensor.get_device_index() == like.get_device_index(), name, " must be on GPU ",
@@ -133,6 +132,27 @@ char* device_address(const char* name, const Tensor& tensor, const Tensor& like,
                   "tensor.pin_memory() makes it so");
   return static_cast<char*>(attributes.devicePointer);
 }
+
+// An entry of the lists of what holds: of one parameter, or of many.
+struct HoldEntry {
+  HoldEntry(const Tensor& omega, const Tensor& scales, const Tensor& anchor, const Tensor& like)
+      : count(omega.numel()),
+        blocks(scales.numel()),
+        kept_omega(omega.scalar_type() == ScalarType::Byte ? Storage::kCode : storage_of("omegas", omega)),
+        kept_anchor(storage_of("anchors", anchor)),
+        omega(device_address("omegas", omega, like, true)),
+        anchor(device_address("anchors", anchor, like, true)) {
+    STD_TORCH_CHECK(anchor.numel() == count, "anchors must have ", count, " entries, got ", anchor.numel());
+    if (kept_omega != Storage::kCode) return;
+    STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float, "scales must be float32");
+    this->scales = reinterpret_cast<const float*>(device_address("scales", scales, like, true));
+  }
+
+  int64_t count, blocks;
+  Storage kept_omega, kept_anchor;
+  char *omega, *anchor;
+  const float* scales = nullptr;
+};
 
 const Tensor& first_of(const Tensors& thetas) {
   STD_TORCH_CHECK(!thetas.empty(), "thetas must have at least one entry");
@@ -175,28 +195,35 @@ cudaStream_t current_stream(int32_t device) {
 }
 
 Rows::Rows(const Tensors& thetas, const Tensors& omegas, const Tensors& scales, const Tensors& anchors,
-           const std::vector<double>& lams)
+           const std::vector<double>& lams, const std::vector<int64_t>& places)
     : like(first_of(thetas)), rows(thetas.size()), numbers(thetas.size(), Numbers{0, 0, 0}) {
-  check_lists({thetas.size(), omegas.size(), scales.size(), anchors.size(), lams.size()});
+  check_holds(thetas.size(), omegas.size(), scales.size(), anchors.size(), lams.size(), places.size());
   STD_TORCH_CHECK(like.is_cuda(), "thetas must be on a GPU like the other tensors");
   for (size_t i = 0; i < thetas.size(); ++i) {
     rows[i].count = thetas[i].numel();
     numbers[i].lam = lams[i];
   }
   put(kTheta, "thetas", thetas);
+  std::vector<HoldEntry> entries;
+  entries.reserve(omegas.size());
+  for (size_t i = 0; i < omegas.size(); ++i) entries.emplace_back(omegas[i], scales[i], anchors[i], like);
   for (size_t i = 0; i < thetas.size(); ++i) {
-    if (omegas[i].numel() == 0) continue;
+    const HoldPlace at(places, i);
+    if (at.entry < 0) continue;
+    STD_TORCH_CHECK(at.entry < int64_t(entries.size()), "places must name an omega, got ", at.entry);
+    const HoldEntry& entry = entries[size_t(at.entry)];
     Row& row = rows[i];
-    row.data[kOmega] = device_address("omegas", omegas[i], like, row.count, true);
-    row.data[kAnchor] = device_address("anchors", anchors[i], like, row.count, true);
-    row.storage[kAnchor] = uint8_t(storage_of("anchors", anchors[i]));
-    if (omegas[i].scalar_type() == ScalarType::Byte) {
-      STD_TORCH_CHECK(scales[i].scalar_type() == ScalarType::Float, "scales must be float32");
-      const int64_t blocks = (row.count + kCodeBlock - 1) / kCodeBlock;
-      row.storage[kOmega] = uint8_t(Storage::kCode);
-      row.scales = reinterpret_cast<const float*>(device_address("scales", scales[i], like, blocks, true));
-    } else {
-      row.storage[kOmega] = uint8_t(storage_of("omegas", omegas[i]));
+    if (entry.count == 0 || row.count == 0) continue;
+    STD_TORCH_CHECK(at.fits(at.first, row.count, entry.count), "omegas must have ", row.count, " entries, got ",
+                    entry.count, " from ", at.first, " on");
+    row.data[kOmega] = entry.omega + at.first * bytes_of(entry.kept_omega);
+    row.data[kAnchor] = entry.anchor + at.first * bytes_of(entry.kept_anchor);
+    row.storage[kOmega] = uint8_t(entry.kept_omega);
+    row.storage[kAnchor] = uint8_t(entry.kept_anchor);
+    if (entry.kept_omega == Storage::kCode) {
+      STD_TORCH_CHECK(at.fits(at.block, ceil_div(row.count, kCodeBlock), entry.blocks), "scales must be float32 and one for each ",
+                      kCodeBlock, " codes");
+      row.scales = entry.scales + at.block;
     }
   }
 }
@@ -205,7 +232,9 @@ void Rows::put(Place place, const char* name, const Tensors& tensors) {
   if (tensors.empty()) return;
   check_lists({rows.size(), tensors.size()});
   for (size_t i = 0; i < rows.size(); ++i) {
-    rows[i].data[place] = device_address(name, tensors[i], like, rows[i].count, false);
+    STD_TORCH_CHECK(tensors[i].numel() == rows[i].count, name, " must have ", rows[i].count, " entries, got ",
+                    tensors[i].numel());
+    rows[i].data[place] = device_address(name, tensors[i], like, false);
     rows[i].storage[place] = uint8_t(storage_of(name, tensors[i]));
   }
 }

@@ -17,7 +17,7 @@ using Tensors = std::vector<Tensor>;
 struct Rows {
   // θ, Ω, θ* and λ. Ω, its scales and θ* may be in pinned memory of the host, which kernels can read.
   Rows(const Tensors& thetas, const Tensors& omegas, const Tensors& scales, const Tensors& anchors,
-       const std::vector<double>& lams);
+       const std::vector<double>& lams, const std::vector<int64_t>& places);
 
   // Adds a tensor to every row; an empty list adds none.
   void put(Place place, const char* name, const Tensors& tensors);

@@ -13,8 +13,8 @@ namespace {
 
 Tensor penalty_grad_(Tensors grads, const Tensors thetas, const Tensors omegas, const Tensors scales,
                      const Tensors anchors, const std::vector<double> lams, const std::optional<Tensor> factors,
-                     bool add) {
-  Rows rows(thetas, omegas, scales, anchors, lams);
+                     bool add, const std::vector<int64_t> places) {
+  Rows rows(thetas, omegas, scales, anchors, lams, places);
   rows.put(kGrad, "grads", grads);
   const double* factor = nullptr;
   if (factors) {

@@ -10,8 +10,9 @@ namespace {
 
 Tensor sgd_step_(Tensors thetas, const Tensors grads, Tensors momenta, const Tensors omegas, const Tensors scales,
                  const Tensors anchors, const std::vector<double> lams, double lr, double momentum, double dampening,
-                 double weight_decay, bool nesterov, bool maximize, bool first, bool implicit) {
-  Rows rows(thetas, omegas, scales, anchors, lams);
+                 double weight_decay, bool nesterov, bool maximize, bool first, bool implicit,
+                 const std::vector<int64_t> places) {
+  Rows rows(thetas, omegas, scales, anchors, lams, places);
   check_lists({thetas.size(), grads.size()});
   STD_TORCH_CHECK(momentum == 0 || !momenta.empty(), "momenta must have an entry for each parameter with momentum");
   rows.put(kGrad, "grads", grads);

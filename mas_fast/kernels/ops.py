@@ -25,7 +25,7 @@ LIBRARY_PATH = Path(__file__).resolve().parent.parent / (
     "_kernels.dylib" if sys.platform == "darwin" else "_kernels.so"
 )
 
-# Ω, θ* and λ of a list of parameters (reference_steps.py).
+# Ω, θ* and λ of a list of parameters; `places` say where in Ω and θ* each of them is (reference_steps.py).
 HELD = "Tensor[] omegas, Tensor[] scales, Tensor[] anchors, float[] lams"
 
 # op -> (schema, reference kernel)
@@ -49,19 +49,21 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         reference.accumulate_affine_,
     ),
     "penalty_grad_": (
-        f"(Tensor(a!)[] grads, Tensor[] thetas, {HELD}, Tensor? factors=None, bool add=True) -> Tensor",
+        f"(Tensor(a!)[] grads, Tensor[] thetas, {HELD}, Tensor? factors=None, bool add=True,"
+        " *, int[] places=[]) -> Tensor",
         reference_steps.penalty_grad_,
     ),
     "sgd_step_": (
         f"(Tensor(a!)[] thetas, Tensor[] grads, Tensor(b!)[] momenta, {HELD}, float lr, float momentum=0,"
         " float dampening=0, float weight_decay=0, bool nesterov=False, bool maximize=False, bool first=False,"
-        " bool implicit=False) -> Tensor",
+        " bool implicit=False, *, int[] places=[]) -> Tensor",
         reference_steps.sgd_step_,
     ),
     "adamw_step_": (
         "(Tensor(a!)[] thetas, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
         f" Tensor(d!)[] max_exp_avg_sqs, {HELD}, float[] steps, float lr, float beta1, float beta2, float eps,"
-        " float weight_decay=0, bool amsgrad=False, bool maximize=False, bool implicit=False) -> Tensor",
+        " float weight_decay=0, bool amsgrad=False, bool maximize=False, bool implicit=False,"
+        " *, int[] places=[]) -> Tensor",
         reference_steps.adamw_step_,
     ),
     "encode_omega": ("(Tensor omega) -> (Tensor, Tensor)", reference_steps.encode_omega),

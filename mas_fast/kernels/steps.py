@@ -8,21 +8,31 @@ import torch
 from torch import Tensor
 
 from mas_fast.kernels import ops
-from mas_fast.reference_steps import BLOCK
+from mas_fast.reference_steps import BLOCK, of_each
 
 
 class Held(NamedTuple):
-    """What holds a list of parameters, all on one device: Ω, θ* and λ, an entry for each.
+    """What holds a list of parameters, all on one device: Ω, θ* and λ.
 
-    Ω is floating-point, of the size of its parameter, with an empty scale; or uint8 with the scales of its blocks
-    (`encode_omega`). An Ω and θ* without elements hold nothing. All are contiguous. Whoever makes one calls
-    `check_held`; the steps do not.
+    Ω is floating-point with an empty scale, or uint8 with the scales of its blocks (`encode_omega`); all is contiguous.
+    Without `places` each parameter has an entry of its size in all lists, without elements if nothing holds it. With
+    them many small parameters share an entry of `omegas`, `scales` and `anchors`: a list is handed to an op tensor by
+    tensor, which takes longer than to step a small one. Whoever makes one calls `check_held`; the steps do not.
+
+    Attributes:
+        omegas: Ω.
+        scales: Of Ω.
+        anchors: θ*.
+        lams: λ of each parameter.
+        places: Empty, or three numbers for each parameter: its entry, negative if nothing holds it; the first of its
+            numbers there; the first of its scales.
     """
 
     omegas: list[Tensor]
     scales: list[Tensor]
     anchors: list[Tensor]
     lams: list[float]
+    places: list[int] = []  # noqa: RUF012  (never changed)
 
 
 def encode_omega(omega: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +63,12 @@ def decode_omega(codes: Tensor, scales: Tensor) -> Tensor:
 def add_penalty_grad_(grads: Sequence[Tensor], thetas: Sequence[Tensor], held: Held) -> Tensor:
     """Add 2λΩ(θ − θ*) to every gradient in one pass, and return float64 [n, 2]; see `reference_steps.penalty_grad_`."""
     with contiguous(thetas) as flat, contiguous(grads, written=True) as flat_grads:
-        return torch.ops.mas_fast.penalty_grad_(flat_grads, flat, *held)
+        return torch.ops.mas_fast.penalty_grad_(flat_grads, flat, *held[:4], places=held.places)
+
+
+def values(thetas: Sequence[Tensor], held: Held) -> Tensor:
+    """Return the values λ Σ Ω (θ − θ*)² of every parameter, float64 [n]."""
+    return torch.ops.mas_fast.penalty_grad_([], thetas, *held[:4], places=held.places)[:, 0].clone()
 
 
 def penalty(thetas: Sequence[Tensor], held: Held) -> Tensor:
@@ -81,9 +96,11 @@ def check_held(thetas: Sequence[Tensor], held: Held) -> None:
     Raises:
         ValueError: They do not.
     """
-    if not len(thetas) == len(held.omegas) == len(held.scales) == len(held.anchors) == len(held.lams):
-        raise ValueError(f"held must have an entry for each of {len(thetas)} parameters, got {len(held.omegas)}")
-    for i, (theta, omega, anchor) in enumerate(zip(thetas, held.omegas, held.anchors, strict=True)):
+    entries = len(held.places) // 3 if held.places else len(held.omegas)
+    if not (len(thetas) == len(held.lams) == entries and len(held.omegas) == len(held.scales) == len(held.anchors)):
+        raise ValueError(f"held must have an entry for each of {len(thetas)} parameters, got {entries}")
+    omegas, _, anchors = of_each(thetas, held.omegas, held.scales, held.anchors, held.places)
+    for i, (theta, omega, anchor) in enumerate(zip(thetas, omegas, anchors, strict=True)):
         if omega.numel() != anchor.numel() or (omega.numel() and omega.numel() != theta.numel()):
             raise ValueError(
                 f"omega and anchor must be of the size of the parameter, {theta.numel()}, got {omega.numel()} and "
@@ -100,8 +117,9 @@ def _values(
     scales: Sequence[Tensor],
     anchors: Sequence[Tensor],
     lams: Sequence[float],
+    places: Sequence[int],
 ) -> Tensor:
-    return torch.ops.mas_fast.penalty_grad_([], thetas, omegas, scales, anchors, lams)[:, 0].clone()
+    return values(thetas, Held([*omegas], [*scales], [*anchors], [*lams], [*places]))
 
 
 def _gradients(
@@ -111,23 +129,25 @@ def _gradients(
     scales: Sequence[Tensor],
     anchors: Sequence[Tensor],
     lams: Sequence[float],
+    places: Sequence[int],
 ) -> list[Tensor]:
     grads = [torch.empty_like(theta) for theta in thetas]
     # A gradient that autograd made of a sum repeats one number.
-    torch.ops.mas_fast.penalty_grad_(grads, thetas, omegas, scales, anchors, lams, factors.contiguous(), False)
+    factors = factors.contiguous()
+    torch.ops.mas_fast.penalty_grad_(grads, thetas, omegas, scales, anchors, lams, factors, False, places=places)
     return grads
 
 
 for _name, _schema, _kernel, _fake in (
     (
         "penalty",
-        f"(Tensor[] thetas, {ops.HELD}) -> Tensor",
+        f"(Tensor[] thetas, {ops.HELD}, int[] places) -> Tensor",
         _values,
         lambda thetas, *held: thetas[0].new_empty(len(thetas), dtype=torch.float64),
     ),
     (
         "penalty_grad",
-        f"(Tensor factors, Tensor[] thetas, {ops.HELD}) -> Tensor[]",
+        f"(Tensor factors, Tensor[] thetas, {ops.HELD}, int[] places) -> Tensor[]",
         _gradients,
         lambda factors, thetas, *held: [torch.empty_like(theta) for theta in thetas],
     ),
@@ -138,9 +158,9 @@ for _name, _schema, _kernel, _fake in (
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *lists, ctx.lams = inputs[-5:]
+    *lists, ctx.lams, ctx.places = inputs[-6:]
     ctx.counts = [len(tensors) for tensors in lists]
-    ctx.factors = len(inputs) - 5
+    ctx.factors = len(inputs) - 6
     ctx.save_for_backward(*inputs[: ctx.factors], *(t for tensors in lists for t in tensors))
 
 
@@ -153,26 +173,32 @@ def _kept(ctx: Any) -> tuple[list[Tensor], list[list[Tensor]]]:
     return first, lists
 
 
-def _none(ctx: Any) -> list[list[None]]:
-    return [[None] * count for count in ctx.counts[1:]]
+def _none(ctx: Any) -> list[list[None] | None]:
+    # Of lists of numbers too; an empty list is taken for one of tensors.
+    return [*([None] * count for count in ctx.counts[1:]), None, None if ctx.places else []]
 
 
 def _penalty_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     _, lists = _kept(ctx)
-    return torch.ops.mas_fast.penalty_grad(gradient, *lists, ctx.lams), *_none(ctx), None
+    return torch.ops.mas_fast.penalty_grad(gradient, *lists, ctx.lams, ctx.places), *_none(ctx)
 
 
 def _penalty_grad_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
     # Second derivatives are rare: in plain torch.
-    (factors,), (thetas, omegas, scales, anchors) = _kept(ctx)
+    (factors,), (thetas, *lists) = _kept(ctx)
+    omegas, scales, anchors = of_each(thetas, lists[0], lists[1], lists[2], ctx.places)
     of_factors, of_thetas = [], []
     for i, (theta, gradient) in enumerate(zip(thetas, gradients, strict=True)):
+        if omegas[i].numel() == 0:
+            of_factors.append(factors.new_zeros(()))
+            of_thetas.append(torch.zeros_like(theta))
+            continue
         omega = omegas[i] if omegas[i].dtype != torch.uint8 else decode_omega(omegas[i], scales[i])
         weight = 2 * ctx.lams[i] * omega.view(theta.shape).double()
         g = torch.zeros_like(weight) if gradient is None else gradient.double()
         of_factors.append((weight * (theta.double() - anchors[i].view(theta.shape).double()) * g).sum())
         of_thetas.append((factors[i] * weight * g).to(theta.dtype))
-    return torch.stack(of_factors), of_thetas, *_none(ctx), None
+    return torch.stack(of_factors), of_thetas, *_none(ctx)
 
 
 torch.library.register_autograd("mas_fast::penalty", _penalty_backward, setup_context=_keep, lib=ops._library)
@@ -202,7 +228,7 @@ def sgd_step_(
         contiguous(grads) as flat_grads,
         contiguous(momenta, written=True) as flat_momenta,
     ):
-        return torch.ops.mas_fast.sgd_step_(flat, flat_grads, flat_momenta, *held, lr, *options)
+        return torch.ops.mas_fast.sgd_step_(flat, flat_grads, flat_momenta, *held[:4], lr, *options, places=held.places)
 
 
 @torch.no_grad()
@@ -234,5 +260,5 @@ def adamw_step_(
         contiguous(max_exp_avg_sqs, written=True) as flat_largest,
     ):
         return torch.ops.mas_fast.adamw_step_(
-            flat, flat_grads, flat_means, flat_squares, flat_largest, *held, steps, *options
+            flat, flat_grads, flat_means, flat_squares, flat_largest, *held[:4], steps, *options, places=held.places
         )
