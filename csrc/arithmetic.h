@@ -49,6 +49,18 @@ MAS_FAST_BOTH T root(T value) {
   return T(__builtin_sqrtf(float(value)));
 }
 
+// ab + c, rounded once where that is as fast. Compilers may do so on their own, but where two products are added, which
+// of them is rounded would be up to them, and could differ between two versions of one loop.
+template <class T>
+MAS_FAST_BOTH T fused(T a, T b, T c) {
+#if defined(__CUDA_ARCH__) || defined(__FP_FAST_FMAF)
+  if constexpr (sizeof(T) == sizeof(double)) return T(__builtin_fma(double(a), double(b), double(c)));
+  return T(__builtin_fmaf(float(a), float(b), float(c)));
+#else
+  return a * b + c;
+#endif
+}
+
 // Conversions between numbers and bits, without branches, so that compilers can vectorise them.
 
 template <class To, class From>
@@ -105,16 +117,25 @@ MAS_FAST_BOTH uint8_t to_code(float value, float scale) {
   return scale > 0.0f ? uint8_t(__builtin_rintf(root(value / scale) * 255.0f)) : uint8_t(0);
 }
 
-// λ Ω (θ − θ*): half of the penalty's gradient; times θ − θ* it is the penalty itself.
+// λ Ω (θ − θ*): half of the penalty's gradient; times θ − θ* it is the penalty itself. λΩ alone may overflow, and what
+// has not moved must not become inf · 0.
 template <class T>
 MAS_FAST_BOTH T pull(T lam, T omega, T difference) {
-  return lam * omega * difference;
+  return lam * (omega * difference);
+}
+
+// The rate of the proximal step, 2ηλ: kept finite, so that it is 0 times Ω = 0.
+template <class T>
+MAS_FAST_BOTH T twice_rate(T lr, T lam) {
+  constexpr T kLargest = sizeof(T) == 8 ? T(0x1.fffffffffffffp1023) : T(0x1.fffffep127);
+  const T rate = T(2) * lr * lam;
+  return rate < kLargest ? rate : kLargest;
 }
 
 // (θ + cθ*) / (1 + c) with c = 2ηλΩ, in the form that keeps θ where nothing holds it, and θ* where all does.
 template <class T>
-MAS_FAST_BOTH T proximal(T theta, T anchor, T twice_rate, T omega) {
-  const T c = twice_rate * omega;
+MAS_FAST_BOTH T proximal(T theta, T anchor, T rate, T omega) {
+  const T c = rate * omega;
   const T part = T(1) / (T(1) + c);
   const T difference = theta - anchor;
   return c < T(1) ? theta - difference * (c * part) : anchor + difference * part;
@@ -135,13 +156,13 @@ struct Sgd {
   MAS_FAST_BOTH T step(T theta, T grad, T& buffer, Hold<T> hold, T lam) const {
     T g = sign * grad;
     if (!implicit) g += T(2) * pull(lam, hold.omega, theta - hold.anchor);
-    g += weight_decay * theta;
+    g = fused(weight_decay, theta, g);
     if (momentum != T(0)) {
-      buffer = first ? g : momentum * buffer + (T(1) - dampening) * g;
-      g = nesterov ? g + momentum * buffer : buffer;
+      buffer = first ? g : fused(momentum, buffer, (T(1) - dampening) * g);
+      g = nesterov ? fused(momentum, buffer, g) : buffer;
     }
     const T next = theta - lr * g;
-    return implicit ? proximal(next, hold.anchor, T(2) * lr * lam, hold.omega) : next;
+    return implicit ? proximal(next, hold.anchor, twice_rate(lr, lam), hold.omega) : next;
   }
 };
 
@@ -152,21 +173,21 @@ struct AdamW {
   T beta2, one_minus_beta1, one_minus_beta2, eps, sign;
   T rate;             // η / (1 − β1^t)
   T root_correction;  // 1 / √(1 − β2^t)
-  T twice_lr;         // 2η
+  T lr;               // η
   bool amsgrad, implicit;
 
   MAS_FAST_BOTH T step(T theta, T grad, T& mean, T& square, T& largest, Hold<T> hold, T lam) const {
     T g = sign * grad;
     if (!implicit) g += T(2) * pull(lam, hold.omega, theta - hold.anchor);
     mean += one_minus_beta1 * (g - mean);
-    square = beta2 * square + one_minus_beta2 * g * g;
+    square = fused(beta2, square, one_minus_beta2 * g * g);
     T second = square;
     if (amsgrad) {
       largest = largest > square || largest != largest ? largest : square;
       second = largest;
     }
-    const T next = keep * theta - rate * (mean / (root(second) * root_correction + eps));
-    return implicit ? proximal(next, hold.anchor, twice_lr * lam, hold.omega) : next;
+    const T next = fused(keep, theta, -rate * (mean / fused(root(second), root_correction, eps)));
+    return implicit ? proximal(next, hold.anchor, twice_rate(lr, lam), hold.omega) : next;
   }
 };
 

@@ -9,6 +9,9 @@ from fnmatch import fnmatchcase
 
 from mas_fast.checks import bullets
 
+# Steps compute in float32, where a larger λ is inf, and inf times 0 is nan.
+LARGEST = 3.4028234e38
+
 Lam = float | Mapping[str, float]
 
 
@@ -17,7 +20,7 @@ def checked_lam(value: object) -> float | dict[str, float]:
 
     Raises:
         TypeError: It is, or holds, no real number, or a pattern is no string.
-        ValueError: A number is negative or not finite.
+        ValueError: A number is negative, not finite, or too large for float32.
     """
     if not isinstance(value, Mapping):
         return _checked_number(value, "lam")
@@ -56,4 +59,6 @@ def _checked_number(value: object, argument: str) -> float:
     number = float(value)
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{argument} must be finite and at least 0, got {number}")
+    if number > LARGEST:
+        raise ValueError(f"{argument} must fit into float32, got {number}")
     return number

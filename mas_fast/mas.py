@@ -19,7 +19,7 @@ from mas_fast.importance import Importance
 from mas_fast.kernels.steps import Held
 from mas_fast.lam import Lam, checked_lam, lams_of
 from mas_fast.merge import check_merge
-from mas_fast.packing import packed
+from mas_fast.packing import packed, unpacked
 from mas_fast.penalty import add_penalty_grad_, penalty_by_parameter, penalty_value, traced_penalty_value
 from mas_fast.plan import Plan, nothing_holds
 from mas_fast.state import ENTRIES, TENSOR_ENTRIES, State, adapted, from_entries, merged
@@ -69,7 +69,8 @@ class MAS:
             merge: "sum" (the paper), "mean", "ema" or "max".
             alpha: The weight of the new Ω in "ema", from 0 to 1.
             omega_dtype: What Ω is kept in: a floating dtype, or torch.uint8 for 8 bits a weight, of which the relative
-                error in L2 is below 0.5 % (zeros stay zeros). None keeps what the importance or a loaded state has.
+                error in L2 is some 0.3 % for real importances (zeros stay zeros). None keeps what the importance or a
+                loaded state has.
             anchor_dtype: What θ* is kept in, such as torch.bfloat16, which rounds it. None is the parameter's own, or
                 what a loaded state has.
             state_device: "cpu" keeps Ω and θ* of CUDA parameters in pinned host memory, from where each step reads
@@ -144,8 +145,12 @@ class MAS:
         return self._state.num_bytes
 
     def __getstate__(self) -> dict[str, Any]:
-        # Of a copy, other tensors are the parameters: what was found for them is found again.
-        return vars(self) | {"_plan": None}
+        # Of a copy, other tensors are the parameters: what was found for them is found again. And pickle would write
+        # memory that is shared once for each tensor in it.
+        return vars(self) | {"_plan": None, "_packed": unpacked(self._state)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_packed": packed(state["_packed"])})
 
     def __repr__(self) -> str:
         size, seen = len(self._state.omega), max(self._state.num_samples.values(), default=0)
@@ -198,9 +203,15 @@ class MAS:
 
         Raises:
             ValueError: A parameter with an Ω is missing from the model or has another shape; all are listed.
+            NotImplementedError: Inside of a torch.func transform.
         """
         if torch.compiler.is_compiling():
             return self._traced_penalty()
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "penalty() must be called outside of torch.func: it is that of the model's own parameters, whose "
+                "gradient add_penalty_grad_ gives"
+            )
         plan = self._current_plan()
         if plan is None or not plan.groups:
             return self._zero().requires_grad_(torch.is_grad_enabled())
@@ -268,7 +279,7 @@ class MAS:
         are this object's own, which it never writes to.
         """
         lam = dict(self._lam) if isinstance(self._lam, dict) else self._lam
-        return {"lam": lam, "merge": self.merge, "alpha": self.alpha, **self._state.entries()}
+        return {"lam": lam, "merge": self.merge, "alpha": self.alpha, **unpacked(self._state).entries()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; its tensors are copied. λ, merge and alpha are the state's.

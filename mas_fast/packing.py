@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mas_fast.encoded import Kept
 from mas_fast.state import State
 
 # Parameters of fewer entries are packed: to step a larger one takes long beside handing it over.
@@ -50,6 +51,18 @@ def packed(state: State) -> Packed:
         else:
             _keep_together(found, names)
     return found
+
+
+def unpacked(state: State) -> State:
+    """Return a state in which every tensor has memory of its own: who saves one of them saves no other."""
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+    def apart(kept: dict[str, Kept]) -> dict[str, Kept]:
+        return {name: k._replace(values=own(k.values), scales=own(k.scales)) for name, k in kept.items()}
+
+    return dataclasses.replace(state, omega=apart(state.omega), anchor=apart(state.anchor))
 
 
 def _keep_alone(found: Packed, name: str) -> None:

@@ -25,8 +25,8 @@ BLOCK = 128
 def encode_omega(omega: Tensor) -> tuple[Tensor, Tensor]:
     """Encode Ω in 8 bits: v ≈ s (c / 255)², with s the largest of a block of 128 entries, which it is exact for.
 
-    The square gives small values finer steps. Zeros stay zeros. The relative error of a block in L2 is about 0.4 % for
-    heavy-tailed values.
+    The square gives small values finer steps. Zeros stay zeros. The relative error in L2 is about 0.3 % for the
+    heavy-tailed values of importances; a block of numbers made for it reaches 0.93 %.
 
     Args:
         omega: Non-negative and finite, any shape.
@@ -270,7 +270,7 @@ def _pull(
 ) -> tuple[Tensor, Tensor]:
     """Return θ − θ* and λ Ω (θ − θ*)."""
     difference = theta.to(wide) - anchor.view(theta.shape).to(theta.device, wide)
-    return difference, lam * _omega(omega, scale, theta).to(wide) * difference
+    return difference, lam * (_omega(omega, scale, theta).to(wide) * difference)
 
 
 def _value_and_pull(
@@ -286,7 +286,8 @@ def _proximal(theta: Tensor, omega: Tensor, scale: Tensor, anchor: Tensor, rate:
     """Return (θ + cθ*) / (1 + c), c = 2ηλΩ, in the form that keeps θ where nothing holds it, and θ* where all does."""
     if omega.numel() == 0:
         return theta
-    c = 2 * rate * _omega(omega, scale, theta).to(theta.dtype)
+    # Finite, so that it is 0 times Ω = 0.
+    c = min(2 * rate, torch.finfo(theta.dtype).max) * _omega(omega, scale, theta).to(theta.dtype)
     part = 1 / (1 + c)
     anchor = anchor.view(theta.shape).to(theta)
     difference = theta - anchor

@@ -160,6 +160,7 @@ def from_entries(entries: Mapping[str, Any], parameters: Parameters, keeping: Ke
     Raises:
         ValueError: Ω and θ* do not fit the model or each other, or are invalid; everything is listed.
     """
+    _check_kinds(entries)
     omega, anchor, num_samples = entries["omega"], entries["anchor"], entries["num_samples"]
     scales = entries.get("scales", {})
     coded = {name: codes for name, codes in omega.items() if codes.dtype == torch.uint8}
@@ -200,6 +201,27 @@ def from_entries(entries: Mapping[str, Any], parameters: Parameters, keeping: Ke
     anchors = {name: keeping.anchor(placed_like(anchor[name].detach(), parameters[name]).clone()) for name in names}
     _refuse_overflow(omegas, anchors, parameters)
     return State(omegas, anchors, {name: int(num_samples[name]) for name in names}, dict(entries["meaning"]))
+
+
+def _check_kinds(entries: Mapping[str, Any]) -> None:
+    """Raise unless entries are mappings of names to what they must hold."""
+    kinds = {"meaning": str, "num_samples": int, "omega": Tensor, "scales": Tensor, "anchor": Tensor}
+    lines = []
+    for entry, kind in kinds.items():
+        own = entries.get(entry, {})
+        if not isinstance(own, Mapping):
+            lines.append(f"its {entry} is {type(own).__name__} and no mapping")
+            continue
+        lines += [
+            f"its {entry} has {name!r}: {type(value).__name__}"
+            for name, value in own.items()
+            if not isinstance(name, str) or not isinstance(value, kind)
+        ]
+    if lines:
+        raise ValueError(
+            "state must map names to tensors (omega, scales, anchor), whole numbers (num_samples) and text (meaning), "
+            f"got:{bullets(lines)}"
+        )
 
 
 def adapted(

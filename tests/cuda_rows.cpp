@@ -58,7 +58,7 @@ void adamw_step(Row* rows, const Numbers* numbers, int64_t count, double lr, dou
   run_both(
       [&]<class T>(T) {
         return AdamWRule<T>(AdamW<T>{T(1 - lr * weight_decay), T(beta2), T(1 - beta1), T(1 - beta2), T(eps),
-                                     T(maximize ? -1 : 1), T(0), T(0), T(2 * lr), amsgrad, implicit},
+                                     T(maximize ? -1 : 1), T(0), T(0), T(lr), amsgrad, implicit},
                             false);
       },
       rows, numbers, count, result);

@@ -548,6 +548,28 @@ class TestState:
             with pytest.raises(ValueError, match=f"{name}' must hold a state that fits, got: "):
                 MAS(bag([1.0])).load(tmp_path / name)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"omega": None},
+            {"omega": {"w0": [1.0]}},
+            {"anchor": {"w0": "text"}},
+            {"anchor": torch.ones(1)},
+            {"num_samples": {"w0": "3"}},
+            {"num_samples": [3]},
+            {"scales": 3},
+            {"meaning": {"objective": 3}},
+            {"meaning": "text"},
+        ],
+        ids=str,
+    )
+    def test_entries_of_a_wrong_kind_are_named(self, change):
+        mas = self.learned()
+        before, state = snapshot(mas), mas.state_dict()
+        with pytest.raises(ValueError, match=f"state must map names.*(?s:.)*its {next(iter(change))} "):
+            mas.load_state_dict(state | change)
+        assert_unchanged(mas, before)
+
     def test_failed_save_leaves_the_old_file(self, tmp_path, monkeypatch):
         mas = self.learned()
         mas.save(tmp_path / "mas")

@@ -328,6 +328,47 @@ class TestImplicit:
         OURS[kind](model.parameters(), lr=1.0, mas=mas, implicit=True).step()
         assert model.w0.tolist() == [3.0, -2.0]
 
+    @EVERY
+    @pytest.mark.parametrize("implicit", [False, True])
+    def test_the_largest_lam_moves_nothing_from_its_anchor_and_frees_what_is_free(self, kind, implicit):
+        model = Bag([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])])
+        mas = MAS(model, lam=3.4e38)
+        mas.consolidate(Importance({"w0": torch.tensor([5.0, 0.0]), "w1": torch.zeros(2)}, 1))
+        optimizer = OURS[kind](model.parameters(), lr=10.0, mas=mas, implicit=implicit, weight_decay=0)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros(2)
+        optimizer.step()
+        assert model.w0.tolist() == [1.0, 2.0] and model.w1.tolist() == [3.0, 4.0]
+        assert optimizer.penalty == 0
+
+    @EVERY
+    def test_state_may_be_exchanged_between_steps(self, kind):
+        problem = Problem(MIXED)
+        options = {"lr": 0.05, **({"momentum": 0.9} if kind == "SGD" else {})}
+        ours, torchs = ([], [])
+        for results, make in ((ours, OURS), (torchs, TORCHS)):
+            model = Bag(problem.parameters())
+            extra = {"mas": MAS(model)} if make is OURS else {}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer = make[kind](model.parameters(), **options, **extra)
+                for time in range(8):
+                    for index, parameter in enumerate(model.parameters()):
+                        # Now and then some have none.
+                        parameter.grad = None if (time + index) % 4 == 3 else torch.full_like(parameter, 1.0 + index)
+                    if time == 3:
+                        optimizer.state[model.w0] = {}
+                    if time == 4:
+                        optimizer.state[model.w1].clear()
+                    if time == 5:
+                        optimizer.state = copy.deepcopy(optimizer.state)
+                    if time == 6:
+                        for state in optimizer.state.values():
+                            state |= {name: kept.clone() for name, kept in state.items()}
+                    optimizer.step()
+            results += [p.detach() for p in model.parameters()]
+        assert_same(ours, torchs)
+
 
 class TestPenalty:
     @EVERY
@@ -739,6 +780,38 @@ class TestErrors:
             optimizer.step()
         assert all(map(torch.equal, mas.model.parameters(), problem.start))
         assert not optimizer.state
+
+    @EVERY
+    @pytest.mark.parametrize("how", ["expanded", "shape", "dtype", "missing", "sparse", "whole"])
+    def test_what_does_not_fit_is_named_and_nothing_steps(self, kind, how):
+        model = Bag([torch.ones(3, 2), torch.ones(4, 2)])
+        mas = MAS(model)
+        mas.consolidate(Importance({"w0": torch.ones(3, 2), "w1": torch.ones(4, 2)}, 1))
+        groups = [{"params": [("w0", model.w0)]}, {"params": [("w1", model.w1)]}]
+        optimizer = OURS[kind](groups, lr=0.1, mas=mas, **({"momentum": 0.9} if kind == "SGD" else {}))
+        model.w0.grad, model.w1.grad = torch.ones(3, 2), torch.ones(4, 2)
+        optimizer.step()
+        before = copy.deepcopy(optimizer.state_dict()["state"]), [p.detach().clone() for p in model.parameters()]
+        state = optimizer.state[model.w1]
+        name = "momentum_buffer" if kind == "SGD" else "exp_avg_sq"
+        if how == "expanded":
+            model.w1.data = torch.ones(1).expand(4, 2)
+        else:
+            state[name] = {
+                "shape": torch.ones(2, 4),
+                "dtype": torch.ones(4, 2).to(torch.complex64),
+                "missing": None,
+                "sparse": torch.ones(4, 2).to_sparse(),
+                "whole": "a text",
+            }[how]
+        if (how, kind) == ("missing", "SGD"):
+            optimizer.step()  # as in torch, a buffer that is None is yet to be made
+            return
+        with pytest.raises(ValueError, match=r"'w1' (is expanded|has)"):
+            optimizer.step()
+        assert torch.equal(model.w0, before[1][0])
+        kept = optimizer.state[model.w0]
+        assert all(torch.equal(kept[name], old) for name, old in before[0][0].items())
 
     @EVERY
     def test_ranges_are_torchs(self, kind):

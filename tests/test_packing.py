@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -53,6 +54,17 @@ def test_the_penalty_is_that_of_the_state(state):
         (mas.omega[n].double() * (p - mas.anchor[n]).double() ** 2).sum() for n, p in mas.model.named_parameters()
     )
     assert mas.penalty().item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_what_is_saved_alone_brings_no_other_along():
+    mas = learned()
+    state = mas.state_dict()
+    assert len(pickle.dumps(state["omega"]["0"])) < 2000 > len(pickle.dumps(state["anchor"]["2"]))
+    size = len(pickle.dumps(mas))
+    assert size < 2 * len(pickle.dumps(mas.model)) + mas._state.num_bytes + 20_000
+    again = pickle.loads(pickle.dumps(mas))
+    assert sum(memory_of(again).values()) == sum(memory_of(mas).values())
+    assert again.penalty().item() == mas.penalty().item()
 
 
 def test_a_copy_and_a_state_dict_are_on_their_own():

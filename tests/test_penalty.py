@@ -478,6 +478,12 @@ class TestCompile:
             assert relative_error(actual.grad, expected.grad) <= 1e-6
 
 
+def test_transforms_of_functions_are_refused():
+    mas, _ = moved([torch.randn(5, 3)])
+    with pytest.raises(NotImplementedError, match="outside of torch.func"):
+        torch.func.grad(lambda x: mas.penalty() * x)(torch.ones(()))
+
+
 def test_opcheck_of_what_a_plan_holds():
     mas, _ = moved([torch.randn(5, 3), torch.randn(130)], omega_dtype=torch.uint8, anchor_dtype=torch.bfloat16)
     group = mas._plan.groups[0]

@@ -329,8 +329,10 @@ def test_kernels_stay_inside_of_their_memory(change):
     with pytest.raises(RuntimeError, match="must have"):
         steps.add_penalty_grad_([torch.ones(3)], [torch.ones(3)], steps.Held(**{**fitting, **change}))
     codes = torch.ones(3, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="scales must be float32"):
+    with pytest.raises(RuntimeError, match="scales must be float32") as caught:
         compiled.penalty_grad_([torch.ones(3)], [torch.ones(3)], [codes], [NONE], [torch.ones(3)], [1.0])
+    # Where in the sources, and not where they were built.
+    assert "csrc/cpu/steps.h" in str(caught.value) and "/csrc" not in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")], ids=str)

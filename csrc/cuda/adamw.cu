@@ -34,7 +34,7 @@ Tensor adamw_step_(Tensors thetas, const Tensors grads, Tensors exp_avgs, Tensor
   return run_steps<AdamWRule>(rows, [&]<class T>(T) {
     return AdamWRule<T>(
         AdamW<T>{T(1 - lr * weight_decay), T(beta2), T(1 - beta1), T(1 - beta2), T(eps), T(maximize ? -1 : 1),
-                 T(rate(steps[0])), T(root_correction(steps[0])), T(2 * lr), amsgrad, implicit},
+                 T(rate(steps[0])), T(root_correction(steps[0])), T(lr), amsgrad, implicit},
         same_step);
   });
 }
