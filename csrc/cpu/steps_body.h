@@ -62,9 +62,15 @@ void encode(Storage storage, const T* from, int64_t count, void* to) {
 template <class T>
 double sum(const T* values, int64_t count) {
   constexpr int64_t W = kWidth<T>;
-  Vector<T> lanes{};
+  // As many as hide the latency of an addition.
+  constexpr int64_t kSums = 4;
+  Vector<T> sums[kSums] = {};
   int64_t i = 0;
-  for (; i + W <= count; i += W) lanes += load<T>(values + i);
+  for (; i + kSums * W <= count; i += kSums * W) {
+    for (int64_t s = 0; s < kSums; ++s) sums[s] += load<T>(values + i + s * W);
+  }
+  for (; i + W <= count; i += W) sums[0] += load<T>(values + i);
+  const Vector<T> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double total = 0;
   for (int64_t l = 0; l < W; ++l) total += double(lanes[l]);
   for (; i < count; ++i) total += double(values[i]);
