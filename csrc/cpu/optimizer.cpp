@@ -90,8 +90,8 @@ Tensor adamw_step_(Tensors thetas, const Tensors grads, Tensors exp_avgs, Tensor
   return run_steps(rows, thetas[0], [&](const OptimizerRow& row, int64_t first, int64_t count) {
     const auto step = [&]<class T>() {
       const AdamW<T> rule{
-          T(1 - lr * weight_decay), T(beta2),  T(1 - beta1), T(1 - beta2), T(eps), T(maximize ? -1 : 1), T(row.rate),
-          T(row.root_correction),   T(lr), amsgrad,      implicit};
+          T(1 - lr * weight_decay), T(beta2), T(1 - beta1), T(1 - beta2), T(eps), T(maximize ? -1 : 1), T(row.rate),
+          T(row.root_correction),   T(lr),    amsgrad,      implicit};
       return with_block<T>(row, first, count,
                            [&](const T* theta, const T* grad, const Holds<T>& holds, T* const* state, T* next) {
                              return step_kernels_for<T>().adamw(rule, T(row.lam), theta, grad, holds, count, state[0],

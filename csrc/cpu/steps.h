@@ -118,8 +118,8 @@ struct Row {
     omega = entry.omega.from(at.first);
     anchor = entry.anchor.from(at.first);
     if (omega.storage == Storage::kCode) {
-      STD_TORCH_CHECK(at.fits(at.block, ceil_div(count, kCodeBlock), entry.blocks), "scales must be float32 and one for each ",
-                      kCodeBlock, " codes");
+      STD_TORCH_CHECK(at.fits(at.block, ceil_div(count, kCodeBlock), entry.blocks),
+                      "scales must be float32 and one for each ", kCodeBlock, " codes");
       scales = entry.scales + at.block;
     }
   }

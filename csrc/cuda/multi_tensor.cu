@@ -221,8 +221,8 @@ Rows::Rows(const Tensors& thetas, const Tensors& omegas, const Tensors& scales, 
     row.storage[kOmega] = uint8_t(entry.kept_omega);
     row.storage[kAnchor] = uint8_t(entry.kept_anchor);
     if (entry.kept_omega == Storage::kCode) {
-      STD_TORCH_CHECK(at.fits(at.block, ceil_div(row.count, kCodeBlock), entry.blocks), "scales must be float32 and one for each ",
-                      kCodeBlock, " codes");
+      STD_TORCH_CHECK(at.fits(at.block, ceil_div(row.count, kCodeBlock), entry.blocks),
+                      "scales must be float32 and one for each ", kCodeBlock, " codes");
       row.scales = entry.scales + at.block;
     }
   }
