@@ -1,0 +1,169 @@
+"""Ω[o, i] += Σ_n |Σ_t δ[n, t, o] x[n, t, i]|: one matrix product per sample that stays in registers.
+
+A tile of Ω walks through all samples: the product over a sample's positions is formed on tensor cores, its magnitude is
+added to the tile, and only the tile is ever written. FLOPs 2 N T O I (T rounded up to a multiple of 16) and an addition
+for each of N O I; bytes N T (O + I) elements and 8 O I, times the tiles that share them, which L2 takes up.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mas_fast.kernels.gpu.common import INTERPRET, add_magnitude, product, splits_of
+
+
+class Tile(NamedTuple):
+    """A configuration: the tile of Ω, positions in a step, warps, and steps whose loads are under way."""
+
+    outputs: int
+    inputs: int
+    positions: int
+    warps: int
+    stages: int
+
+
+# Two accumulators of 64 + 64 registers a thread are what fits without spilling.
+NARROW = Tile(64, 128, 64, 4, 4)
+WIDE = Tile(128, 128, 64, 8, 4)
+
+
+def tile_for(outputs: int, inputs: int, positions: int, dtype: torch.dtype) -> Tile:
+    """Return the tile for a shape."""
+    if INTERPRET:
+        return Tile(16, 32, 16, 4, 1)
+    # With short samples most of the time goes into adding magnitudes: two programs on a multiprocessor take turns.
+    tile = WIDE if positions > 256 and min(outputs, inputs) > 64 else NARROW
+    step = max(16, min(64, triton.next_power_of_2(positions)))
+    if dtype == torch.float32:
+        # As many bytes. Three products of TF32 need registers of their own.
+        tile, step = Tile(64, 64, 64, 4, 3), min(step, 32)
+    return tile._replace(positions=step)
+
+
+@triton.jit(do_not_specialize=["samples", "positions", "per_split"])
+def linear_kernel(
+    delta,
+    x,
+    out,
+    samples,
+    positions,
+    outputs,
+    inputs,
+    delta_n,
+    delta_t,
+    delta_o,
+    x_n,
+    x_t,
+    x_i,
+    out_split,
+    per_split,
+    SQUARE: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    BT: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Write the sum over a split's samples to out[split], or add it there with ADD."""
+    # Tiles in groups of GROUP rows, so that those that run together share their columns of x in L2.
+    row_tiles, column_tiles = tl.cdiv(outputs, BO), tl.cdiv(inputs, BI)
+    tile = tl.program_id(0)
+    group = tile // (GROUP * column_tiles)
+    rest = tile - group * GROUP * column_tiles
+    height = min(row_tiles - group * GROUP, GROUP)
+    o = (group * GROUP + rest % height) * BO + tl.arange(0, BO)
+    i = (rest // height) * BI + tl.arange(0, BI)
+    t = tl.arange(0, BT)
+
+    split = tl.program_id(1)
+    first = split * per_split
+    delta_tile = delta + t[:, None].to(tl.int64) * delta_t + o[None, :].to(tl.int64) * delta_o
+    x_tile = x + t[:, None].to(tl.int64) * x_t + i[None, :].to(tl.int64) * x_i
+    steps = tl.cdiv(positions, BT)
+    total = tl.zeros((BO, BI), tl.float32)
+    acc = tl.zeros((BO, BI), tl.float32)
+    for it in range(0, max(0, min(per_split, samples - first)) * steps):
+        # From the loop's own index: with what is counted inside of the branch below, no load would be issued early.
+        n = it // steps
+        step = it - n * steps
+        here = (t + step * BT < positions)[:, None]
+        start = (first + n).to(tl.int64)
+        a = tl.load(
+            delta_tile + (start * delta_n + step.to(tl.int64) * BT * delta_t),
+            mask=here & (o < outputs)[None, :],
+            other=0.0,
+        )
+        b = tl.load(x_tile + (start * x_n + step.to(tl.int64) * BT * x_t), mask=here & (i < inputs)[None, :], other=0.0)
+        acc = product(tl.trans(a), b, acc, PRECISION, INTERPRET)
+        if step == steps - 1:
+            total = add_magnitude(total, acc, SQUARE, INTERPRET)
+            acc = tl.zeros((BO, BI), tl.float32)
+
+    target = out + split.to(tl.int64) * out_split + o[:, None].to(tl.int64) * inputs + i[None, :]
+    inside = (o < outputs)[:, None] & (i < inputs)[None, :]
+    if ADD:
+        total += tl.load(target, mask=inside, other=0.0)
+    tl.store(target, total, mask=inside)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Return how tensor cores multiply: float32 in full unless torch's own switch allows TF32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def arguments_of(omega: Tensor, delta: Tensor, x: Tensor, square: bool) -> tuple[Any, ...]:
+    """Return tile, grid, splits and the options of a launch."""
+    samples, positions, outputs = delta.shape
+    inputs = x.shape[2]
+    tile = tile_for(outputs, inputs, positions, delta.dtype)
+    tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(inputs, tile.inputs)
+    splits = splits_of(tiles, samples, 4 * outputs * inputs, omega.device)
+    options = {
+        "SQUARE": square,
+        "ADD": splits == 1,
+        "PRECISION": precision_of(delta.dtype),
+        "INTERPRET": INTERPRET,
+        "BO": tile.outputs,
+        "BI": tile.inputs,
+        "BT": tile.positions,
+        "GROUP": 8,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    return tiles, splits, options
+
+
+def accumulate_linear_(omega: Tensor, grad_output: Tensor, input: Tensor, square: bool = False) -> None:
+    """See `reference.accumulate_linear_`; Ω is float32 and contiguous."""
+    delta, x = grad_output, input
+    if 0 in (*delta.shape, *x.shape):
+        return
+    if delta.shape[1] == 1:
+        # |δ xᵀ| = |δ| |x|ᵀ: all samples are positions of one, whose sum has no sign to lose.
+        delta, x = ((t.float().square() if square else t.abs()).transpose(0, 1) for t in (delta, x))
+        square = False
+    samples, positions, outputs = delta.shape
+    inputs = x.shape[2]
+    tiles, splits, options = arguments_of(omega, delta, x, square)
+    out = omega if splits == 1 else omega.new_empty(splits, outputs, inputs)
+    linear_kernel[(tiles, splits)](
+        delta,
+        x,
+        out,
+        samples,
+        positions,
+        outputs,
+        inputs,
+        *delta.stride(),
+        *x.stride(),
+        outputs * inputs,
+        triton.cdiv(samples, splits),
+        **options,
+    )
+    if splits > 1:
+        omega += out.sum(0)

@@ -1,0 +1,225 @@
+"""Compile every Triton kernel in every configuration for GPUs that are not here, and look at the machine code.
+
+`python tests/compile_gpu.py` prints a table and fails if a kernel spills registers, leaves the tensor cores idle where
+it multiplies matrices, or loads aligned rows in small pieces. It needs triton alone, and neither a GPU nor a driver.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mas_fast.kernels.gpu import affine, conv, embedding, linear
+
+CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+ARCHITECTURES = (80, 90)
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+# Instructions: products of matrices, asynchronous or not; loads of 16 bytes, into registers or on to shared memory.
+COUNTED = {"MMA": r"\bHMMA\.|\bHGMMA\b", "HGMMA": r"\bHGMMA\b", "wide": r"\bLDG(STS)?\.E(\.BYPASS)?(\.LTC\w+)?\.128\b"}
+
+
+class Configuration(NamedTuple):
+    """A kernel as it is launched: types of its pointers, constants, and numbers known to be multiples of 16.
+
+    All other arguments are 32-bit integers.
+    """
+
+    label: str
+    kernel: object
+    pointers: dict
+    constants: dict
+    aligned: tuple
+    options: dict
+    is_product: bool = False
+    is_wide: bool = False
+
+
+def linear_configurations():
+    for dtype, positions in itertools.product(TYPES, (2, 17, 33, 512)):
+        for precision in ("tf32x3", "tf32") if dtype == torch.float32 else ("tf32x3",):
+            for square in (False, True) if positions == 512 else (False,):
+                tile = linear.tile_for(4096, 4096, positions, dtype)
+                yield Configuration(
+                    f"linear {name_of(dtype)} {tile.outputs}x{tile.inputs}x{tile.positions} {precision}"
+                    + square * " square",
+                    linear.linear_kernel,
+                    {"delta": TYPES[dtype], "x": TYPES[dtype], "out": "*fp32"},
+                    {
+                        **{"delta_o": 1, "x_i": 1, "SQUARE": square, "ADD": True, "PRECISION": precision},
+                        **{"INTERPRET": False, "BO": tile.outputs, "BI": tile.inputs, "BT": tile.positions, "GROUP": 8},
+                    },
+                    ("delta", "x", "out", "outputs", "inputs", "delta_n", "delta_t", "x_n", "x_t", "out_split"),
+                    {"num_warps": tile.warps, "num_stages": tile.stages},
+                    is_product=True,
+                    is_wide=True,
+                )
+
+
+def conv_configurations():
+    shared = ("delta", "x", "out")
+    for dtype, last, columns in itertools.product(TYPES, (False, True), (27, 576)):
+        tile = conv.tile_for(64, columns, 49, dtype)
+        inner = {"delta_o": 1, "x_c": 1} if last else {"delta_w": 1, "x_w": 1}
+        yield Configuration(
+            f"conv {name_of(dtype)} {tile.outputs}x{tile.inputs}x{tile.positions} {'last' if last else 'first'}",
+            conv.conv_kernel,
+            dict.fromkeys(shared, TYPES[dtype]) | {"out": "*fp32"},
+            {
+                **{"SQUARE": False, "ADD": False, "CHANNELS_LAST": last, "VOLUME": False, "INTERPRET": False},
+                "PRECISION": "tf32x3",
+                **{"INDEX": tl.int32, "BO": tile.outputs, "BJ": tile.inputs, "BT": tile.positions, **inner},
+                # Images: the first of three axes is 1 long.
+                **dict.fromkeys(("stride_d", "stride_h", "stride_w"), 1),
+            },
+            (*shared, "outputs", "delta_n", "x_n", *(("channels", "x_h", "x_w") if last and columns > 27 else ())),
+            {"num_warps": tile.warps, "num_stages": tile.stages},
+            is_product=True,
+        )
+        if columns == 27:
+            block = {"BO": 64, "BT": 16} if last else {"BO": 4, "BT": 256}
+            yield Configuration(
+                f"depthwise {name_of(dtype)} {'last' if last else 'first'}",
+                conv.depthwise_kernel,
+                dict.fromkeys(shared, TYPES[dtype]) | {"out": "*fp32"},
+                {
+                    "SQUARE": False,
+                    "ADD": False,
+                    "INTERPRET": False,
+                    "INDEX": tl.int32,
+                    "multiplier": 1,
+                    **block,
+                    **inner,
+                },
+                (*shared, "outputs", "delta_n", "x_n"),
+                {"num_warps": 4},
+            )
+
+
+def embedding_configurations():
+    pointers = {"keys": "*i64", "order": "*i64", "ends": "*i64", "ranks": "*i64", "sums": "*fp32"}
+    blocks = {"BR": embedding.ROWS, "BD": 128}
+    for dtype in TYPES:
+        yield Configuration(
+            f"embedding pairs {name_of(dtype)}",
+            embedding.pairs_kernel,
+            {"delta": TYPES[dtype], **pointers},
+            {"SQUARE": False, "INTERPRET": False, "delta_d": 1, **blocks},
+            ("delta", *pointers, "delta_n", "delta_t"),
+            {"num_warps": 4},
+        )
+    del pointers["order"]
+    yield Configuration(
+        "embedding rows",
+        embedding.rows_kernel,
+        {"omega": "*fp32", **pointers},
+        blocks,
+        ("omega", *pointers, "width"),
+        {"num_warps": 4},
+    )
+
+
+def affine_configurations():
+    pointers = ("delta", "x", "mean", "rstd", "weight_sums", "bias_sums")
+    for dtype, (inner, norm) in itertools.product(TYPES, (("r", True), ("r", False), ("s", True), ("both", True))):
+        last = inner == "r"
+        yield Configuration(
+            f"affine {name_of(dtype)} {inner}{' norm' if norm else ' bias'}",
+            affine.sums_kernel,
+            dict.fromkeys(pointers, "*fp32") | {"delta": TYPES[dtype], "x": TYPES[dtype]},
+            {
+                **{"WEIGHT": norm, "BIAS": True, "MEAN": norm, "RSTD": norm, "INNER": inner, "splits": 1},
+                **(
+                    {"BQ": 16, "BK": 128, "delta_k": 1, "x_k": 1}
+                    if last
+                    else {"BQ": 256, "BK": 4, "delta_s": 1, "x_s": 1}
+                ),
+            },
+            (*pointers, "delta_n", "delta_r", "x_n", "x_r"),
+            {"num_warps": 4},
+        )
+
+
+def name_of(dtype):
+    return TYPES[dtype].removeprefix("*")
+
+
+def report(configuration, architecture):
+    """Return registers, bytes of stack and shared memory, and how often what is counted occurs."""
+    names = configuration.kernel.arg_names
+    given = configuration.pointers | dict.fromkeys(configuration.constants, "constexpr")
+    source = ASTSource(
+        configuration.kernel,
+        {name: given.get(name, "i32") for name in names},
+        constexprs=configuration.constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in configuration.aligned},
+    )
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options=configuration.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    spills = len(re.findall(r"\b(STL|LDL)\b", code))
+    counts = {name: len(re.findall(pattern, code)) for name, pattern in COUNTED.items()}
+    return {"registers": registers, "stack": stack, "spills": spills, "shared": compiled.metadata.shared, **counts}
+
+
+def faults_of(configuration, architecture, found):
+    if found["stack"] or found["spills"]:
+        yield f"{found['stack']} bytes of stack and {found['spills']} spills"
+    threads = 32 * configuration.options["num_warps"]
+    if found["registers"] * threads > 65536:
+        yield f"{found['registers']} registers for {threads} threads"
+    if found["shared"] > {80: 166912, 90: 232448}[architecture]:
+        yield f"{found['shared']} bytes of shared memory"
+    if configuration.is_product and not found["MMA"]:
+        yield "no tensor cores"
+    narrow = next(iter(configuration.pointers.values())) != "*fp32"
+    if configuration.is_product and narrow and architecture == 90 and not found["HGMMA"]:
+        yield "no HGMMA"
+    if configuration.is_wide and not found["wide"]:
+        yield "no loads of 16 bytes"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="configurations whose label has this in it")
+    only = parser.parse_args(argv).only
+    configurations = [
+        *linear_configurations(),
+        *conv_configurations(),
+        *embedding_configurations(),
+        *affine_configurations(),
+    ]
+    failed = []
+    for configuration in dict((c.label, c) for c in configurations).values():
+        if only not in configuration.label:
+            continue
+        for architecture in ARCHITECTURES:
+            found = report(configuration, architecture)
+            faults = list(faults_of(configuration, architecture, found))
+            failed += [f"{configuration.label} sm_{architecture}: {fault}" for fault in faults]
+            numbers = "  ".join(f"{name} {value:>6}" for name, value in found.items())
+            print(f"{configuration.label:34} sm_{architecture}  {numbers}  {'; '.join(faults)}", flush=True)
+    print(f"triton {triton.__version__}: " + (f"{len(failed)} faults" if failed else "no faults"))
+    for line in failed:
+        print(line)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
