@@ -53,19 +53,21 @@ def slack(dtype, samples, positions):
     return 2 * eps * (1 + math.sqrt(max(1, positions)) + math.sqrt(max(1, samples)))
 
 
-def check(name, omegas, args, kwargs, positions, samples):
-    """Run the op, the reference in float64 and the reference in the dtype of Ω, and compare."""
+def check(name, omegas, args, kwargs, positions, samples, device="cpu"):
+    """Run the op on a device, the reference in float64 and the reference in the dtype of Ω, and compare."""
 
     def wide(a):
         return a.double().clone() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
 
     truth = [None if omega is None else omega.double().clone() for omega in omegas]
     baseline = [None if omega is None else omega.clone() for omega in omegas]
-    actual = [None if omega is None else omega.detach() for omega in omegas]
+    # Moved as they are: a device keeps the strides.
+    actual = [None if omega is None else omega.detach().to(device) for omega in omegas]
     getattr(reference, name)(*truth, *map(wide, args), **kwargs)
     getattr(reference, name)(*baseline, *args, **kwargs)
-    assert getattr(ops, name)(*actual, *args, **kwargs) is None
-    for found, true, base in zip(actual, truth, baseline, strict=True):
+    moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
+    assert getattr(ops, name)(*actual, *moved, **kwargs) is None
+    for found, true, base in zip((a if a is None else a.cpu() for a in actual), truth, baseline, strict=True):
         if found is not None:
             assert bool(found.isfinite().all())
             assert_as_accurate(found, true, base, slack(found.dtype, samples, positions))

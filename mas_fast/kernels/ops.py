@@ -2,10 +2,12 @@
 
 The plain-torch reference is the default kernel of every op, so the package is complete before anything is compiled. The
 compiled library overlays it through PyTorch's dispatcher: for CPU tensors (csrc/cpu), and, if it was built so, for the
-ops of the training step on NVIDIA GPUs (csrc/cuda). Letters as in reference.py.
+ops of the training step on NVIDIA GPUs (csrc/cuda). The ops that accumulate Ω are Triton kernels there (gpu/), compiled
+when they are first called. Letters as in reference.py.
 """
 
 import ctypes
+import importlib.util
 import os
 import sys
 import warnings
@@ -127,6 +129,38 @@ def _load() -> str | None:
 
 
 _reference_reason = _load()
+
+
+def _triton_reason() -> str | None:
+    """Return why Triton kernels do not run on GPUs; None if they do."""
+    if os.environ.get("MAS_FAST_KERNELS") == "reference":
+        return "MAS_FAST_KERNELS=reference"
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed (pip install "mas_fast[gpu]")'
+    return None
+
+
+def _accumulate_on_gpu(op: str) -> Callable[..., None]:
+    def run(*args: Any) -> None:
+        omega, other = args[:2]
+        omega = other if omega is None else omega
+        # Triton kernels add up in float32; and older GPUs have not what they are made of.
+        if omega.dtype == torch.float64 or torch.cuda.get_device_capability(omega.device) < (8, 0):
+            OPS[op][1](*args)
+            return
+        from mas_fast.kernels import gpu  # imports Triton, which takes long and is not needed elsewhere
+
+        with torch.cuda.device(omega.device):
+            getattr(gpu, op)(*args)
+
+    return run
+
+
+_gpu_reason = _triton_reason()
+if _gpu_reason is None:
+    for _name in OPS:
+        if _name.startswith("accumulate_"):
+            _library.impl(_name, _accumulate_on_gpu(_name), "CUDA")
 load_error = _reference_reason if (_reference_reason or "").startswith("cannot be loaded") else None
 
 
@@ -188,7 +222,7 @@ def implementations() -> Implementations:
 def _on_cuda(op: str) -> tuple[str, str]:
     """Return what runs an op on NVIDIA GPUs, and why nothing faster does."""
     if op.startswith("accumulate_"):
-        return "reference", "no GPU kernel in this version"
+        return ("Triton", "float64 runs the reference") if _gpu_reason is None else ("reference", _gpu_reason)
     if _reference_reason is not None:
         return "reference", _reference_reason
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"mas_fast::{op}", "CUDA"):

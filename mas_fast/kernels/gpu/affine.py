@@ -103,7 +103,7 @@ def accumulate_affine_(
     along_entries = grad_output.stride(2) == 1 and entries > 1
     block_q, block_k = (16, 128) if along_entries else (256, 4)
     if INTERPRET:
-        block_q, block_k = 16, 16
+        block_q, block_k = 256, 32
     column_blocks = triton.cdiv(entries, block_k)
     splits = max(1, min(triton.cdiv(rows, block_q), -(-2 * num_sms(grad_output.device) // (samples * column_blocks))))
     sums = [

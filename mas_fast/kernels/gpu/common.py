@@ -15,8 +15,8 @@ WORKSPACE = 64 << 20
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
-    """Return how many streaming multiprocessors a device has; the interpreter has some few."""
-    return 4 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
+    """Return how many streaming multiprocessors a device has; the interpreter is one."""
+    return 1 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def splits_of(tiles: int, samples: int, bytes_each: int, device: torch.device) -> int:

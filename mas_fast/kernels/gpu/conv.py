@@ -26,7 +26,7 @@ VARIABLE = (
 def tile_for(outputs: int, columns: int, positions: int, dtype: torch.dtype) -> Tile:
     """Return the tile for a group of a shape."""
     if INTERPRET:
-        return Tile(16, 16, 16, 4, 1)
+        return Tile(16, 32, 32, 4, 1)
     # Each entry of x has an address and a mask of its own: they, not the products, are what registers are needed for.
     step = max(16, min(32, triton.next_power_of_2(positions)))
     wide = dtype != torch.float32 and columns > 64
@@ -276,7 +276,7 @@ def accumulate_conv_(
         last = x.stride(1) == 1 and outputs > 1
         block_o, block_t = (64, 16) if last else (4, 256)
         if INTERPRET:
-            block_o, block_t = 16, 16
+            block_o, block_t = 32, 64
         grid = triton.cdiv(outputs, block_o), taps
         splits = splits_of(math.prod(grid), samples, 4 * omega.numel(), omega.device)
         out_sum = omega if splits == 1 else omega.new_empty(splits, *omega.shape)

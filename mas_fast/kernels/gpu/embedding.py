@@ -110,7 +110,7 @@ def accumulate_embedding_(
     ranks = torch.cat([keys.new_zeros(1), (keys[1:] != keys[:-1]).long().cumsum(0)])
     ends_of_pairs = torch.searchsorted(keys, keys, right=True)
     ends_of_rows = torch.searchsorted(keys, (keys // samples + 1) * samples)
-    block = 32 if INTERPRET else min(128, triton.next_power_of_2(width))
+    block = 64 if INTERPRET else min(128, triton.next_power_of_2(width))
     # As many columns at a time as the workspace has room for.
     slice_width = min(width, max(block, WORKSPACE // (4 * places)))
     sums = omega.new_empty(places, slice_width)
