@@ -31,8 +31,8 @@ pytestmark = pytest.mark.skipif(
     reason="Triton kernels are the same in every build: tested with the compiled one",
 )
 
-from mas_fast.kernels import gpu, ops
-from mas_fast.kernels.gpu import common, embedding, linear
+from mas_fast.kernels import gpu, ops  # noqa: E402
+from mas_fast.kernels.gpu import common, embedding, linear  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
