@@ -3,7 +3,7 @@
 Ω = (1/N) Σ_n |∂‖F(x_n; θ)‖²/∂θ|        and        L(θ) + λ Σ Ω (θ − θ*)²
 """
 
-from mas_fast import optim
+from mas_fast import objectives, optim
 from mas_fast.coverage import Coverage
 from mas_fast.errors import CaptureError
 from mas_fast.estimate import capture, estimate_importance
@@ -22,6 +22,7 @@ __all__ = [
     "capture",
     "estimate_importance",
     "implementations",
+    "objectives",
     "optim",
     "verify",
 ]

@@ -25,6 +25,7 @@ from mas_fast.capture import (  # noqa: F401  (each registers its rules)
     embedding,
     linear,
     norm,
+    output_norm,
     product,
     transposed,
 )
