@@ -28,7 +28,7 @@ def tile_for(outputs: int, columns: int, positions: int, dtype: torch.dtype) -> 
     if INTERPRET:
         return Tile(16, 32, 32, 4, 1)
     # Each entry of x has an address and a mask of its own: they, not the products, are what registers are needed for.
-    step = max(16, min(32, triton.next_power_of_2(positions)))
+    step = max(16, min(16 if dtype == torch.float32 else 32, triton.next_power_of_2(positions)))
     wide = dtype != torch.float32 and columns > 64
     return Tile(64, 128 if wide else 64, step, 8 if wide or dtype == torch.float32 else 4, 3)
 
