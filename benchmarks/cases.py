@@ -141,12 +141,13 @@ def build_resnet() -> nn.Module:
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm decoder block: causal self-attention and a GELU MLP of four times the width."""
+    """A pre-norm block: self-attention, causal unless told otherwise, and a GELU MLP of four times the width."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         """Make the layers; `heads` must divide `width`."""
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
@@ -159,7 +160,7 @@ class TransformerBlock(nn.Module):
         n, t, d = x.shape
         # [N, T, 3D] -> three of [N, heads, T, D / heads]
         query, key, value = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = x + self.projection(mixed.transpose(1, 2).reshape(n, t, d))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
