@@ -24,8 +24,12 @@ from mas_fast.kernels.gpu import affine, conv, embedding, linear
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 ARCHITECTURES = (80, 90)
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-# Instructions: products of matrices, asynchronous or not; loads of 16 bytes, into registers or on to shared memory.
-COUNTED = {"MMA": r"\bHMMA\.|\bHGMMA\b", "HGMMA": r"\bHGMMA\b", "wide": r"\bLDG(STS)?\.E(\.BYPASS)?(\.LTC\w+)?\.128\b"}
+# Instructions: products of matrices, asynchronous or not; loads of 8 or 16 bytes, also right into shared memory.
+COUNTED = {
+    "MMA": r"\bHMMA\.|\bHGMMA\b",
+    "HGMMA": r"\bHGMMA\b",
+    "wide": r"\bLDG(STS)?\.E(\.BYPASS)?(\.LTC\w+)?\.(64|128)\b",
+}
 
 
 class Configuration(NamedTuple):
@@ -42,6 +46,11 @@ class Configuration(NamedTuple):
     options: dict
     is_product: bool = False
     is_wide: bool = False
+
+    @property
+    def kernel_variables(self):
+        """Numbers that never become constants."""
+        return [parameter.name for parameter in self.kernel.params if parameter.do_not_specialize]
 
 
 def linear_configurations():
@@ -114,8 +123,9 @@ def embedding_configurations():
             embedding.pairs_kernel,
             {"delta": TYPES[dtype], **pointers},
             {"SQUARE": False, "INTERPRET": False, "delta_d": 1, **blocks},
-            ("delta", *pointers, "delta_n", "delta_t"),
+            ("delta", *pointers, "columns", "first_column", "delta_n", "delta_t"),
             {"num_warps": 4},
+            is_wide=True,
         )
     del pointers["order"]
     yield Configuration(
@@ -123,29 +133,52 @@ def embedding_configurations():
         embedding.rows_kernel,
         {"omega": "*fp32", **pointers},
         blocks,
-        ("omega", *pointers, "width"),
+        ("omega", *pointers, "columns", "first_column", "width"),
         {"num_warps": 4},
+        is_wide=True,
     )
 
 
 def affine_configurations():
-    pointers = ("delta", "x", "mean", "rstd", "weight_sums", "bias_sums")
-    for dtype, (inner, norm) in itertools.product(TYPES, (("r", True), ("r", False), ("s", True), ("both", True))):
+    pointers = ("delta", "x", "mean", "rstd", "of_weight", "of_bias")
+    for dtype, (inner, norm), rows in itertools.product(
+        TYPES, (("r", True), ("r", False), ("s", True), ("both", True)), (1, 1000)
+    ):
         last = inner == "r"
+        block_q, block_k = affine.blocks_for(rows, last)
         yield Configuration(
-            f"affine {name_of(dtype)} {inner}{' norm' if norm else ' bias'}",
+            f"affine {name_of(dtype)} {inner} {'norm' if norm else 'bias'} {block_q}x{block_k}",
             affine.sums_kernel,
             dict.fromkeys(pointers, "*fp32") | {"delta": TYPES[dtype], "x": TYPES[dtype]},
             {
-                **{"WEIGHT": norm, "BIAS": True, "MEAN": norm, "RSTD": norm, "INNER": inner, "splits": 1},
-                **(
-                    {"BQ": 16, "BK": 128, "delta_k": 1, "x_k": 1}
-                    if last
-                    else {"BQ": 256, "BK": 4, "delta_s": 1, "x_s": 1}
-                ),
+                **{
+                    "WEIGHT": norm,
+                    "BIAS": True,
+                    "MEAN": norm,
+                    "RSTD": norm,
+                    "INNER": inner,
+                    "BQ": block_q,
+                    "BK": block_k,
+                },
+                **({"delta_k": 1, "x_k": 1} if last else {"delta_s": 1, "x_s": 1}),
+                **{"MAGNITUDES": rows == 1, "SQUARE": False, "INTERPRET": False},
             },
-            (*pointers, "delta_n", "delta_r", "x_n", "x_r"),
+            (*pointers, "entries", "delta_n", "delta_r", "x_n", "x_r"),
             {"num_warps": 4},
+            is_wide=last,
+        )
+
+
+def with_ones(configurations):
+    """Numbers that are 1 become constants of the kernel: as many of them at once as there can be."""
+    for configuration in configurations:
+        free = set(configuration.kernel.arg_names) - set(configuration.pointers) - set(configuration.constants)
+        ones = dict.fromkeys(free - set(configuration.kernel_variables), 1)
+        yield configuration._replace(
+            label=configuration.label + " ones",
+            constants=configuration.constants | ones,
+            aligned=tuple(name for name in configuration.aligned if name not in ones),
+            is_wide=False,
         )
 
 
@@ -192,7 +225,7 @@ def faults_of(configuration, architecture, found):
     if configuration.is_product and narrow and architecture == 90 and not found["HGMMA"]:
         yield "no HGMMA"
     if configuration.is_wide and not found["wide"]:
-        yield "no loads of 16 bytes"
+        yield "only loads of 4 bytes or less"
 
 
 def main(argv=None):
@@ -205,6 +238,8 @@ def main(argv=None):
         *embedding_configurations(),
         *affine_configurations(),
     ]
+    of_each_kernel = {c.kernel: c for c in configurations}.values()
+    configurations += with_ones(of_each_kernel)
     failed = []
     for configuration in dict((c.label, c) for c in configurations).values():
         if only not in configuration.label:

@@ -16,7 +16,7 @@ from mas_fast.kernels.gpu.common import INTERPRET, WORKSPACE, add_magnitude
 ROWS = 16 if INTERPRET else 32
 
 
-@triton.jit(do_not_specialize=["positions", "columns", "first_column", "padding_idx"])
+@triton.jit(do_not_specialize=["positions", "padding_idx"])
 def pairs_kernel(
     delta,
     keys,
@@ -60,7 +60,7 @@ def pairs_kernel(
         tl.store(sums + rank * columns + d, result, mask=d < columns)
 
 
-@triton.jit(do_not_specialize=["columns", "first_column", "padding_idx"])
+@triton.jit(do_not_specialize=["padding_idx"])
 def rows_kernel(
     omega,
     keys,

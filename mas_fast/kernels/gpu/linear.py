@@ -14,6 +14,9 @@ from torch import Tensor
 
 from mas_fast.kernels.gpu.common import INTERPRET, add_magnitude, product, splits_of
 
+# Samples of one position each that are summed as positions of one.
+POOL = 64 if INTERPRET else 512
+
 
 class Tile(NamedTuple):
     """A configuration: the tile of Ω, positions in a step, warps, and steps whose loads are under way."""
@@ -145,8 +148,19 @@ def accumulate_linear_(omega: Tensor, grad_output: Tensor, input: Tensor, square
         return
     if delta.shape[1] == 1:
         # |δ xᵀ| = |δ| |x|ᵀ: all samples are positions of one, whose sum has no sign to lose.
-        delta, x = ((t.float().square() if square else t.abs()).transpose(0, 1) for t in (delta, x))
+        delta, x = ((t.float().square() if square else t.abs()).squeeze(1) for t in (delta, x))
         square = False
+        # Parts of as many as make a program worth its start, so that few tiles do not mean few programs.
+        whole = len(delta) // POOL * POOL
+        if 0 < whole < len(delta):
+            for part in (slice(0, whole), slice(whole, None)):
+                _accumulate(omega, *(t[part].unflatten(0, (-1, min(POOL, len(t[part])))) for t in (delta, x)), square)
+            return
+        delta, x = (t.unflatten(0, (-1, min(POOL, len(t)))) for t in (delta, x))
+    _accumulate(omega, delta, x, square)
+
+
+def _accumulate(omega: Tensor, delta: Tensor, x: Tensor, square: bool) -> None:
     samples, positions, outputs = delta.shape
     inputs = x.shape[2]
     tiles, splits, options = arguments_of(omega, delta, x, square)
