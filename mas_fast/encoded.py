@@ -113,6 +113,10 @@ class Kept(NamedTuple):
         """What is finite if all numbers are: of codes, the scales."""
         return self.scales if self.is_coded else self.values
 
+    def alone(self) -> Kept:
+        """Return this in memory that nothing else is in."""
+        return self._replace(values=_alone(self.values), scales=_alone(self.scales))
+
     def tensor(self) -> Tensor:
         """Return the numbers: a DTensor if they are spread, in float32 if they were coded."""
         values = self.values
@@ -139,7 +143,7 @@ class Decoded(Mapping[str, Tensor]):
         self._kept = kept
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._kept[name].tensor()
+        return self._kept[name].alone().tensor()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kept)
@@ -149,6 +153,10 @@ class Decoded(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} tensors: {', '.join(self)}>"
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def scales_shape(codes: Tensor) -> list[int]:

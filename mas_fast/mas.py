@@ -69,8 +69,8 @@ class MAS:
             merge: "sum" (the paper), "mean", "ema" or "max".
             alpha: The weight of the new Ω in "ema", from 0 to 1.
             omega_dtype: What Ω is kept in: a floating dtype, or torch.uint8 for 8 bits a weight, of which the relative
-                error in L2 is some 0.3 % for real importances (zeros stay zeros). None keeps what the importance or a
-                loaded state has.
+                error in L2 is some 0.3 % for real importances (zeros stay zeros); it is encoded anew with every task,
+                and over dozens of tasks errors add up. None keeps what the importance or a loaded state has.
             anchor_dtype: What θ* is kept in, such as torch.bfloat16, which rounds it. None is the parameter's own, or
                 what a loaded state has.
             state_device: "cpu" keeps Ω and θ* of CUDA parameters in pinned host memory, from where each step reads

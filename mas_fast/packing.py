@@ -56,17 +56,16 @@ def packed(state: State) -> Packed:
 def unpacked(state: State) -> State:
     """Return a state in which every tensor has memory of its own: who saves one of them saves no other."""
 
-    def own(tensor: Tensor) -> Tensor:
-        return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
-
     def apart(kept: dict[str, Kept]) -> dict[str, Kept]:
-        return {name: k._replace(values=own(k.values), scales=own(k.scales)) for name, k in kept.items()}
+        return {name: one.alone() for name, one in kept.items()}
 
     return dataclasses.replace(state, omega=apart(state.omega), anchor=apart(state.anchor))
 
 
 def _keep_alone(found: Packed, name: str) -> None:
-    omega, anchor = found.state.omega[name], found.state.anchor[name]
+    # Of an earlier state, other parameters may have shared its memory.
+    omega = found.state.omega[name] = found.state.omega[name].alone()
+    anchor = found.state.anchor[name] = found.state.anchor[name].alone()
     found.places[name] = len(found.omegas), 0, 0
     found.omegas.append(omega.values.view(-1))
     found.scales.append(omega.scales)

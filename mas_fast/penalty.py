@@ -127,7 +127,8 @@ def _writable(group: Group, grads: list[Tensor | None]) -> list[Tensor]:
         return present
     for index, (parameter, grad) in enumerate(zip(group.parameters, grads, strict=True)):
         if grad is None:
-            grads[index] = parameter.grad = torch.zeros_like(parameter)
+            dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+            grads[index] = parameter.grad = torch.zeros_like(parameter, dtype=dtype)
         elif not grad.is_contiguous() and 0 in grad.stride():
             # Expanded: its entries share memory.
             grads[index] = parameter.grad = grad.clone(memory_format=torch.contiguous_format)

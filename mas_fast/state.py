@@ -192,7 +192,7 @@ def from_entries(entries: Mapping[str, Any], parameters: Parameters, keeping: Ke
     names = [name for name in parameters if name in omega]
     for name in names:
         tensor, like = omega[name], parameters[name]
-        if name in coded and keeping.omega_dtype == torch.uint8 and not is_sharded(like):
+        if name in coded and keeping.omega_dtype in (None, torch.uint8) and not is_sharded(like):
             omegas[name] = keeping.codes(tensor, scales[name], like.device)
         else:
             if name in coded:

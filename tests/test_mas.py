@@ -44,15 +44,17 @@ def compiled(model):
 
 
 def snapshot(mas):
-    return {kind: {name: (t, t.clone()) for name, t in getattr(mas, kind).items()} for kind in ("omega", "anchor")}
+    state = {"omega": mas._state.omega, "anchor": mas._state.anchor}
+    return {kind: {name: (k, k.values.clone()) for name, k in kept.items()} for kind, kept in state.items()}
 
 
 def assert_unchanged(mas, before):
     for kind, tensors in before.items():
-        now = getattr(mas, kind)
-        assert list(now) == list(tensors)
-        for name, (tensor, value) in tensors.items():
-            assert now[name] is tensor and torch.equal(tensor, value)
+        now = getattr(mas._state, kind)
+        assert list(now) == list(tensors) == list(getattr(mas, kind))
+        for name, (kept, value) in tensors.items():
+            assert now[name].values is kept.values and torch.equal(kept.values, value)
+            assert torch.equal(getattr(mas, kind)[name].to(value), value)
 
 
 class TestPenalty:

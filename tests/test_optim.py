@@ -782,6 +782,66 @@ class TestErrors:
         assert not optimizer.state
 
     @EVERY
+    @pytest.mark.parametrize("how", ["group", "cleared"])
+    def test_options_of_groups_that_were_exchanged_count(self, kind, how):
+        model = Bag([torch.ones(3)])
+        optimizer = OURS[kind](model.parameters(), lr=0.1, mas=MAS(model))
+        model.w0.grad = torch.ones(3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(3):
+                optimizer.step()
+        before = model.w0.detach().clone()
+        if how == "group":
+            optimizer.param_groups[0] = dict(optimizer.param_groups[0], lr=0.0)
+        else:
+            optimizer.param_groups.clear()
+            optimizer.add_param_group({"params": [model.w0], "lr": 0.0})
+        optimizer.step()
+        assert torch.equal(model.w0, before)
+
+    @EVERY
+    @pytest.mark.parametrize("change", ["transposed", "larger", "expanded", "state", "lr"])
+    def test_what_changes_after_the_first_steps_is_refused_before_anything_steps(self, kind, change):
+        # The second group is free: nothing else looks at it.
+        model = Bag([torch.ones(3, 2), torch.ones(2, 3)])
+        mas = MAS(model)
+        mas.consolidate(Importance({"w0": torch.ones(3, 2)}, 1))
+        groups = [{"params": [model.w0]}, {"params": [model.w1]}]
+        optimizer = OURS[kind](groups, lr=0.1, mas=mas, **({"momentum": 0.9} if kind == "SGD" else {}))
+        model.w0.grad, model.w1.grad = torch.ones(3, 2), torch.ones(2, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(3):
+                optimizer.step()
+        before = model.w0.detach().clone()
+        if change == "state":
+            optimizer.state[model.w1]["momentum_buffer" if kind == "SGD" else "exp_avg"].resize_(2)
+        elif change == "lr":
+            optimizer.param_groups[1]["lr"] = torch.tensor([0.1, 0.2])
+        else:
+            sizes = {"transposed": torch.ones(3, 2), "larger": torch.ones(4, 3), "expanded": torch.ones(1).expand(2, 3)}
+            model.w1.data = sizes[change]
+        with pytest.raises(ValueError, match="shape"):
+            optimizer.step()
+        assert torch.equal(model.w0, before)
+
+    def test_a_pickled_state_grows_with_the_parameters(self):
+        def size(count):
+            model = Bag([torch.ones(2)] * count)
+            optimizer = mas_fast.optim.AdamW(model.parameters(), mas=MAS(model))
+            for parameter in model.parameters():
+                parameter.grad = torch.ones(2)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for _ in range(3):
+                    optimizer.step()
+            assert len(pickle.dumps(optimizer)) < 10_000 + 4000 * count
+            return len(pickle.dumps(optimizer.state_dict()))
+
+        assert size(400) < 2.2 * size(200)
+
+    @EVERY
     @pytest.mark.parametrize("how", ["expanded", "shape", "dtype", "missing", "sparse", "whole"])
     def test_what_does_not_fit_is_named_and_nothing_steps(self, kind, how):
         model = Bag([torch.ones(3, 2), torch.ones(4, 2)])

@@ -67,6 +67,12 @@ def test_what_is_saved_alone_brings_no_other_along():
     assert again.penalty().item() == mas.penalty().item()
 
 
+def test_what_is_left_alone_lets_the_others_go():
+    mas = learned()
+    mas.adapt(drop=["0", "2", "4", "5", "6"])
+    assert sum(memory_of(mas).values()) == mas._state.num_bytes
+
+
 def test_a_copy_and_a_state_dict_are_on_their_own():
     mas = learned()
     saved = io.BytesIO()

@@ -85,7 +85,18 @@ class AdamW(PenaltyStep, torch.optim.AdamW):
     def _needs(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
-    def _advance(self, batch: Batch, grads: Sequence[Tensor], held: Held) -> Tensor:
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "lr": number(group["lr"]),
+            "beta1": number(group["betas"][0]),
+            "beta2": number(group["betas"][1]),
+            "eps": number(group["eps"]),
+            "weight_decay": number(group["weight_decay"]),
+            "amsgrad": group["amsgrad"],
+            "maximize": group["maximize"],
+        }
+
+    def _advance(self, batch: Batch, grads: Sequence[Tensor], held: Held, options: dict[str, Any]) -> Tensor:
         group, kept, counts = batch.group, batch.kept, batch.counts
         if counts is None:
             kept = new_state(batch, self._needs(group), torch.zeros_like)
@@ -99,13 +110,7 @@ class AdamW(PenaltyStep, torch.optim.AdamW):
             locals_of(kept["max_exp_avg_sq"]) if group["amsgrad"] else [],
             held,
             steps=counts.add(1).tolist(),
-            lr=number(group["lr"]),
-            beta1=number(group["betas"][0]),
-            beta2=number(group["betas"][1]),
-            eps=number(group["eps"]),
-            weight_decay=number(group["weight_decay"]),
-            amsgrad=group["amsgrad"],
-            maximize=group["maximize"],
+            **options,
             implicit=self.implicit,
         )
         counts.add_(1)

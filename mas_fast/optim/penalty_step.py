@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _grad_of = attrgetter("grad")
 _layout_of = attrgetter("layout")
+_shape_of = attrgetter("shape")
 
 # Options of torch that choose between its implementations, and what they must be here.
 INERT = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
@@ -35,6 +37,7 @@ class Batch(NamedTuple):
         group: Their group.
         parameters: θ.
         states: The dicts of their state; none where they have no state.
+        shapes: Of the parameters, and of their state.
         kept: What the dicts hold, a list by name; none where it is still to be made.
         fresh: Whether it is still to be made.
         counts: Of AdamW, the steps taken, float [n] on the host; every `step` of the state is an entry of it.
@@ -44,15 +47,22 @@ class Batch(NamedTuple):
     group: dict[str, Any]
     parameters: list[Tensor]
     states: list[dict[str, Any]]
+    shapes: list[torch.Size]
     kept: dict[str, list[Any]]
     fresh: bool
     counts: Tensor | None
     ranks: tuple[ProcessGroup, ...]
 
     def is_current(self) -> bool:
-        """Return whether the state still holds the same tensors."""
-        return not self.fresh and all(
-            all(map(is_, [state.get(name) for state in self.states], tensors)) for name, tensors in self.kept.items()
+        """Return whether parameters and state are still what was looked at."""
+        return (
+            not self.fresh
+            and [*map(_shape_of, self.parameters)] == self.shapes
+            and all(
+                all(map(is_, [state.get(name) for state in self.states], tensors))
+                and (name == "step" or [*map(_shape_of, tensors)] == self.shapes)
+                for name, tensors in self.kept.items()
+            )
         )
 
 
@@ -60,23 +70,30 @@ class Prepared(NamedTuple):
     """The batches of a step, and what they were made of.
 
     Attributes:
+        groups: The groups.
         members: The parameters that have a gradient, by group.
         needs: The names of the state that each group needs.
         states: All dicts of the optimizer's state.
         batches: The batches.
     """
 
+    groups: list[dict[str, Any]]
     members: list[list[Tensor]]
     needs: list[tuple[str, ...]]
     states: list[dict[str, Any]]
     batches: list[Batch]
 
     def holds_for(
-        self, members: list[list[Tensor]], needs: list[tuple[str, ...]], states: list[dict[str, Any]]
+        self,
+        groups: list[dict[str, Any]],
+        members: list[list[Tensor]],
+        needs: list[tuple[str, ...]],
+        states: list[dict[str, Any]],
     ) -> bool:
-        """Return whether the batches of a step would be these: found out without a look at every tensor."""
+        """Return whether the batches of a step would be these: found out without making them."""
         return (
             needs == self.needs
+            and all(map(is_, groups, self.groups))
             and [*map(len, members)] == [*map(len, self.members)]
             and all(all(map(is_, now, then)) for now, then in zip(members, self.members, strict=True))
             and len(states) == len(self.states)
@@ -107,7 +124,14 @@ class PenaltyStep(Optimizer):
     # The base class pickles and copies its own attributes alone.
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("mas", "implicit", "penalty", "_listed_free")}
-        return super().__getstate__() | own
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        state.update({parameter: _apart(kept) for parameter, kept in self.state.items()})
+        return super().__getstate__() | own | {"state": state}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch's optimizers do; the counts of steps are copies."""
+        found = super().state_dict()
+        return found | {"state": {index: _apart(kept) for index, kept in found["state"].items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what `load_state_dict` read, also of torch's fused or capturable optimizers."""
@@ -179,12 +203,15 @@ class PenaltyStep(Optimizer):
             # All is checked before anything is changed.
             batches = self._batches()
             grads = [_dense_grads(batch) for batch in batches]
+            options = [self._options(batch.group) for batch in batches]
+            for batch in batches:
+                _check_writable(batch)
             holds = [self.mas._held(batch.parameters) for batch in batches]
             if not self._listed_free and self.mas.omega:
                 self._list_free()
             total = self._zero() if not batches else None
-            for batch, own, held in zip(batches, grads, holds, strict=True):
-                value = sum_over_ranks(self._advance(batch, own, held)[:, 0].sum(), batch.ranks)
+            for batch, own, held, numbers in zip(batches, grads, holds, options, strict=True):
+                value = sum_over_ranks(self._advance(batch, own, held, numbers)[:, 0].sum(), batch.ranks)
                 # Kernels write past autograd, which must still refuse a backward through a graph made before.
                 torch.autograd.graph.increment_version(batch.parameters)
                 total = value if total is None else total + value.to(total.device, non_blocking=True)
@@ -196,10 +223,10 @@ class PenaltyStep(Optimizer):
         members = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         needs = [self._needs(group) for group in self.param_groups]
         states = list(self.state.values())
-        if self._prepared is None or not self._prepared.holds_for(members, needs, states):
+        if self._prepared is None or not self._prepared.holds_for(self.param_groups, members, needs, states):
             self._prepared = None
             batches = self._prepare(members, needs)
-            self._prepared = Prepared(members, needs, list(self.state.values()), batches)
+            self._prepared = Prepared(list(self.param_groups), members, needs, list(self.state.values()), batches)
         return self._prepared.batches
 
     def _prepare(self, members: list[list[Tensor]], needs: list[tuple[str, ...]]) -> list[Batch]:
@@ -211,14 +238,15 @@ class PenaltyStep(Optimizer):
                 state = self.state.get(parameter, {}) if names else {}
                 fresh = bool(names) and all(state.get(name) is None for name in names)
                 reasons = [_unwritable(parameter), *(_misfit(state, name, parameter) for name in names if not fresh)]
-                if self._counts_steps and not fresh and not isinstance(state.get("step"), (Tensor, float, int)):
+                if self._counts_steps and not fresh and not _is_number(state.get("step")):
                     reasons.append("has no number 'step' in its state")
                 problems += [f"{self._label(group, parameter)} {reason}" for reason in reasons if reason]
                 ranks = splitting_groups(parameter)
                 key = parameter.device, fresh, is_sharded(parameter), ranks
-                batch = batches.setdefault(key, Batch(group, [], [], {}, fresh, None, ranks))
+                batch = batches.setdefault(key, Batch(group, [], [], [], {}, fresh, None, ranks))
                 batch.parameters.append(parameter)
                 batch.states.append(state)
+                batch.shapes.append(parameter.shape)
             found += batches.values()
         if problems:
             raise ValueError(f"parameters and their state must fit each other, got:{bullets(problems)}")
@@ -267,7 +295,11 @@ class PenaltyStep(Optimizer):
         """Return the names of the state that a group needs, all of the parameters' shapes."""
         raise NotImplementedError
 
-    def _advance(self, batch: Batch, grads: Sequence[Tensor], held: Held) -> Tensor:
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the options of a group as the op takes them."""
+        raise NotImplementedError
+
+    def _advance(self, batch: Batch, grads: Sequence[Tensor], held: Held, options: dict[str, Any]) -> Tensor:
         """Step a batch, and return the op's values, float64 [n, 2]."""
         raise NotImplementedError
 
@@ -291,15 +323,30 @@ def keep_state(batch: Batch, optimizer: Optimizer, state: dict[str, list[Any]]) 
 
 
 def number(value: float | Tensor) -> float:
-    """Return an option of a group, which schedulers may keep in a tensor."""
+    """Return an option of a group, which schedulers may keep in a tensor.
+
+    Raises:
+        ValueError: The tensor holds more than one number.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"options of a group must be one number each, got a tensor of shape {list(value.shape)}")
     return float(value.item() if isinstance(value, Tensor) else value)
+
+
+def _check_writable(batch: Batch) -> None:
+    if all(map(Tensor.is_contiguous, batch.parameters)):
+        return
+    for parameter in batch.parameters:
+        reason = _unwritable(parameter)
+        if reason:
+            raise ValueError(f"a parameter of shape {list(parameter.shape)} {reason}")
 
 
 def _dense_grads(batch: Batch) -> Sequence[Tensor]:
     """Return this rank's parts of the gradients.
 
     Raises:
-        ValueError: A gradient is sparse.
+        ValueError: A gradient is sparse, or of another shape.
     """
     grads = [*map(_grad_of, batch.parameters)]
     if {*map(_layout_of, grads)} - {torch.strided}:
@@ -308,10 +355,24 @@ def _dense_grads(batch: Batch) -> Sequence[Tensor]:
             f".grad must be dense, got sparse ones for parameters of shape {_shortened(sparse)}: build "
             "nn.Embedding with sparse=False, or give it to an optimizer of torch"
         )
+    if [*map(_shape_of, grads)] != batch.shapes:
+        pairs = zip(batch.shapes, map(_shape_of, grads), strict=True)
+        differing = [f"{list(ours)} and {list(theirs)}" for ours, theirs in pairs if ours != theirs]
+        raise ValueError(f"parameters and their .grad must have the same shapes, got {_shortened(differing)}")
     if is_sharded(batch.parameters[0]):
         # A gradient may be a sum that the ranks have yet to form.
         grads = [placed_like(grad, theta) for grad, theta in zip(grads, batch.parameters, strict=True)]
     return locals_of(grads)
+
+
+def _apart(kept: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a parameter with a count of steps of its own: pickle writes all that a view belongs to."""
+    step = kept.get("step")
+    return kept | {"step": step.clone()} if isinstance(step, Tensor) else dict(kept)
+
+
+def _is_number(value: object) -> bool:
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (float, int))
 
 
 def _unwritable(parameter: Tensor) -> str | None:

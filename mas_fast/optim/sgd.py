@@ -86,7 +86,17 @@ class SGD(PenaltyStep, torch.optim.SGD):
     def _needs(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _advance(self, batch: Batch, grads: Sequence[Tensor], held: Held) -> Tensor:
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "lr": number(group["lr"]),
+            "momentum": number(group["momentum"]),
+            "dampening": number(group["dampening"]),
+            "weight_decay": number(group["weight_decay"]),
+            "nesterov": group["nesterov"],
+            "maximize": group["maximize"],
+        }
+
+    def _advance(self, batch: Batch, grads: Sequence[Tensor], held: Held, options: dict[str, Any]) -> Tensor:
         group = batch.group
         kept = new_state(batch, self._needs(group), torch.empty_like) if batch.fresh else batch.kept
         values = sgd_step_(
@@ -94,12 +104,7 @@ class SGD(PenaltyStep, torch.optim.SGD):
             grads,
             locals_of(kept.get("momentum_buffer", [])),
             held,
-            lr=number(group["lr"]),
-            momentum=number(group["momentum"]),
-            dampening=number(group["dampening"]),
-            weight_decay=number(group["weight_decay"]),
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
+            **options,
             first=batch.fresh,
             implicit=self.implicit,
         )

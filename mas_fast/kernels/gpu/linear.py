@@ -153,9 +153,8 @@ def accumulate_linear_(omega: Tensor, grad_output: Tensor, input: Tensor, square
         # Parts of as many as make a program worth its start, so that few tiles do not mean few programs.
         whole = len(delta) // POOL * POOL
         if 0 < whole < len(delta):
-            for part in (slice(0, whole), slice(whole, None)):
-                _accumulate(omega, *(t[part].unflatten(0, (-1, min(POOL, len(t[part])))) for t in (delta, x)), square)
-            return
+            _accumulate(omega, delta[whole:].unsqueeze(0), x[whole:].unsqueeze(0), square)
+            delta, x = delta[:whole], x[:whole]
         delta, x = (t.unflatten(0, (-1, min(POOL, len(t)))) for t in (delta, x))
     _accumulate(omega, delta, x, square)
 
