@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import json
 import math
 import os
 import subprocess
@@ -211,6 +212,30 @@ def measure_linear(run: Run) -> None:
                 {"mas_fast": bars[positions]} if positions in bars and dtype == NARROW else {},
                 flops=2.0 * samples * positions * size * size,
             )
+
+
+def measure_hopper(run: Run) -> None:
+    """Test and measure the Gluon kernel in a process of its own: it is new, and could wait for ever."""
+    what = "linear, Gluon"
+    if run.dry or torch.cuda.get_device_capability() != (9, 0):
+        return run.add(what, "not run", summary="needs sm_90; Triton's interpreter cannot run Gluon")
+    if not run.has_time(what, 120):
+        return None
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MAS_FAST_HOPPER": "1"}
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "hopper", "tests/test_gpu.py"]
+    folder = run.path.parent / "gluon"
+    measure = [sys.executable, "-m", "benchmarks.gpu", "--out", str(folder), "--minutes", "1", "--only"]
+    for command in (tests, [*measure, "measure_linear"]):
+        try:
+            done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=90)
+        except subprocess.TimeoutExpired:
+            return run.add(what, command[2], failure="did not end within 90 seconds")
+        if done.returncode:
+            return run.add(what, command[2], failure=(done.stdout + done.stderr)[-2000:])
+    for row in json.loads((folder / run.path.name).read_text()):
+        if row["method"] == "mas_fast":
+            run.add(**{**row, "method": "mas_fast, Gluon"})
+    return None
 
 
 def weight_gradient(delta: Tensor, x: Tensor, weight: Tensor, geometry: Any) -> Tensor:
@@ -496,8 +521,8 @@ def measure_largest(run: Run) -> None:
 
 def sections() -> Iterator[Callable[[Run], None]]:
     """Return what is measured, in the order of what is wanted most."""
-    yield from (run_tests, measure_linear, measure_models, measure_steps, measure_convolutions, measure_reductions)
-    yield measure_largest
+    yield from (run_tests, measure_linear, measure_hopper, measure_models, measure_steps, measure_convolutions)
+    yield from (measure_reductions, measure_largest)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from mas_fast.kernels.gpu import affine, conv, embedding, linear
+from mas_fast.kernels.gpu import affine, conv, embedding, hopper, linear
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 ARCHITECTURES = (80, 90)
@@ -28,6 +30,7 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 COUNTED = {
     "MMA": r"\bHMMA\.|\bHGMMA\b",
     "HGMMA": r"\bHGMMA\b",
+    "TMA": r"\bUTMALDG\b",
     "wide": r"\bLDG(STS)?\.E(\.BYPASS)?(\.LTC\w+)?\.(64|128)\b",
 }
 
@@ -46,6 +49,8 @@ class Configuration(NamedTuple):
     options: dict
     is_product: bool = False
     is_wide: bool = False
+    architectures: tuple = ARCHITECTURES
+    warps: int | None = None  # of a program, where they are more than options say
 
     @property
     def kernel_variables(self):
@@ -72,6 +77,42 @@ def linear_configurations():
                     is_product=True,
                     is_wide=True,
                 )
+
+
+def hopper_configurations():
+    """Gluon, for sm_90 alone: a warp that loads beside two or three groups of four that multiply."""
+    for dtype, groups, positions in itertools.product(hopper.TYPES, (2, 3), (2, 17, 512)):
+        step = hopper.step_for(positions)
+        for square, add in ((False, True), (False, False), (True, True)) if positions == 512 else ((False, True),):
+            registers, limit = hopper.REGISTERS[groups]
+            rows = hopper.ROWS.value
+            yield Configuration(
+                f"hopper {name_of(dtype)} {rows * groups}x{hopper.COLUMNS}x{step}"
+                + " square" * square
+                + " split" * (not add),
+                hopper.hopper_kernel,
+                {
+                    "delta": box_of(dtype, [1, step, rows]),
+                    "x": box_of(dtype, [1, step, hopper.COLUMNS]),
+                    "out": "*fp32",
+                },
+                {
+                    **{"SQUARE": square, "ADD": add, "BI": hopper.COLUMNS, "BT": step, "GROUPS": groups},
+                    **{"STAGES": hopper.STAGES, "REGISTERS": registers},
+                },
+                ("out", "outputs", "inputs", "out_split"),
+                {"num_warps": 4, "maxnreg": limit},
+                is_product=True,
+                architectures=(90,),
+                # The warp that loads takes the registers of four.
+                warps=4 * (groups + 1),
+            )
+
+
+def box_of(dtype, shape):
+    """Return the type of a descriptor of boxes, as the launcher writes it."""
+    layout = gl.NVMMASharedLayout.get_default_for(shape, hopper.TYPES[dtype])
+    return f"tensordesc<{name_of(dtype)}[{','.join(map(str, shape))}],{layout!r}>"
 
 
 def conv_configurations():
@@ -190,7 +231,7 @@ def report(configuration, architecture):
     """Return registers, bytes of stack and shared memory, and how often what is counted occurs."""
     names = configuration.kernel.arg_names
     given = configuration.pointers | dict.fromkeys(configuration.constants, "constexpr")
-    source = ASTSource(
+    source = (GluonASTSource if configuration.kernel.is_gluon() else ASTSource)(
         configuration.kernel,
         {name: given.get(name, "i32") for name in names},
         constexprs=configuration.constants,
@@ -214,7 +255,7 @@ def report(configuration, architecture):
 def faults_of(configuration, architecture, found):
     if found["stack"] or found["spills"]:
         yield f"{found['stack']} bytes of stack and {found['spills']} spills"
-    threads = 32 * configuration.options["num_warps"]
+    threads = 32 * (configuration.warps or configuration.options["num_warps"])
     if found["registers"] * threads > 65536:
         yield f"{found['registers']} registers for {threads} threads"
     if found["shared"] > {80: 166912, 90: 232448}[architecture]:
@@ -224,6 +265,8 @@ def faults_of(configuration, architecture, found):
     narrow = next(iter(configuration.pointers.values())) != "*fp32"
     if configuration.is_product and narrow and architecture == 90 and not found["HGMMA"]:
         yield "no HGMMA"
+    if configuration.kernel is hopper.hopper_kernel and not found["TMA"]:
+        yield "no loads by TMA"
     if configuration.is_wide and not found["wide"]:
         yield "only loads of 4 bytes or less"
 
@@ -234,6 +277,7 @@ def main(argv=None):
     only = parser.parse_args(argv).only
     configurations = [
         *linear_configurations(),
+        *hopper_configurations(),
         *conv_configurations(),
         *embedding_configurations(),
         *affine_configurations(),
@@ -244,7 +288,7 @@ def main(argv=None):
     for configuration in dict((c.label, c) for c in configurations).values():
         if only not in configuration.label:
             continue
-        for architecture in ARCHITECTURES:
+        for architecture in configuration.architectures:
             found = report(configuration, architecture)
             faults = list(faults_of(configuration, architecture, found))
             failed += [f"{configuration.label} sm_{architecture}: {fault}" for fault in faults]

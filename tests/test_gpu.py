@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 from mas_fast.kernels import gpu, ops  # noqa: E402
-from mas_fast.kernels.gpu import common, embedding, linear  # noqa: E402
+from mas_fast.kernels.gpu import common, embedding, hopper, linear  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -62,6 +62,51 @@ def test_linear(name, dtype, square):
     n, t, o, i = LONG.get(name, LINEAR[name])
     args = data(n, t, o, dtype=dtype), data(n, t, i, dtype=dtype)
     check("accumulate_linear_", [omega_of(o, i)], args, {"square": square}, t, n, DEVICE)
+
+
+# In a process of its own, asked for by MAS_FAST_HOPPER=1: what has not run yet could wait for ever.
+needs_hopper = pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0) or os.environ.get("MAS_FAST_HOPPER") != "1",
+    reason="Gluon needs sm_90, is not interpreted, and runs where MAS_FAST_HOPPER=1 asks for it",
+)
+
+
+@needs_hopper
+@SQUARE
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 5, 8, 8), (2, 16, 64, 128), (7, 33, 72, 136), (1, 1, 200, 24), (600, 1, 40, 16), (64, 64, 512, 384),
+     (5, 300, 200, 264), (300, 17, 8, 16), (2, 2048, 128, 128)],
+    ids=str,
+)  # fmt: skip
+def test_hopper(shape, dtype, square):
+    torch.manual_seed(0)
+    n, t, o, i = shape
+    delta, x = data(n, t, o, dtype=dtype), data(n, t, i, dtype=dtype)
+    assert hopper.suits(delta.to(DEVICE), x.to(DEVICE))
+    check("accumulate_linear_", [omega_of(o, i)], (delta, x), {"square": square}, t, n, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("strides", "fits"),
+    [((640, 64, 1), True), ((64, 128, 1), True), ((640, 1, 10), False), ((0, 64, 1), False), ((640, 60, 1), False)],
+)
+def test_copy_engine_takes_rows_in_one_piece_on_multiples_of_16_bytes(strides, fits):
+    storage = torch.zeros(4096, dtype=torch.bfloat16)
+    data = storage.as_strided((3, 10, 64), strides)
+    assert hopper.is_boxed(data) == fits
+    assert not hopper.is_boxed(storage[1:].as_strided((3, 10, 64), strides))
+    assert not hopper.suits(data, data)  # not on Hopper
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_boxes_cover_all_positions_and_the_tile(dtype):
+    for positions, step in ((1, 16), (16, 16), (17, 32), (4096, 64)):
+        assert hopper.step_for(positions) == step
+        box = hopper.describe(torch.zeros(2, positions, 64, dtype=dtype), 64, step)
+        assert (list(box.shape), list(box.block_shape)) == ([2, positions, 64], [1, step, 64])
+    assert [hopper.groups_for(outputs) for outputs in (1, 128, 129, 4096)] == [2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("omega_layout", OMEGA_LAYOUTS)

@@ -5,6 +5,7 @@ added to the tile, and only the tile is ever written. FLOPs 2 N T O I (T rounded
 for each of N O I; bytes N T (O + I) elements and 8 O I, times the tiles that share them, which L2 takes up.
 """
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -160,6 +161,12 @@ def accumulate_linear_(omega: Tensor, grad_output: Tensor, input: Tensor, square
 
 
 def _accumulate(omega: Tensor, delta: Tensor, x: Tensor, square: bool) -> None:
+    if os.environ.get("MAS_FAST_HOPPER") == "1" and not INTERPRET:
+        from mas_fast.kernels.gpu import hopper  # Gluon is experimental: who does not ask for it does not need it
+
+        if hopper.suits(delta, x):
+            hopper.accumulate(omega, delta, x, square)
+            return
     samples, positions, outputs = delta.shape
     inputs = x.shape[2]
     tiles, splits, options = arguments_of(omega, delta, x, square)
