@@ -200,18 +200,30 @@ def measure_linear(run: Run) -> None:
                 truth += (d.T @ h).abs()
             ops.accumulate_linear_(omega, delta, x)
             error = relative_error(omega[:height], truth)
+            calls = {"mas_fast": lambda o=omega, d=delta, h=x: ops.accumulate_linear_(o, d, h)}
+            if not run.dry:
+                calls["mas_fast, autotuned"] = partial(autotuned, calls["mas_fast"])
             flat_delta, flat_x = delta.view(-1, size), x.view(-1, size)
             run.compare(
                 case,
                 dtype,
                 {
                     "cuBLAS, plain weight gradient": lambda d=flat_delta, h=flat_x: d.T @ h,
-                    "mas_fast": lambda o=omega, d=delta, h=x: ops.accumulate_linear_(o, d, h),
+                    **calls,
                 },
-                {"mas_fast": (error, ERROR_BARS[dtype])},
+                dict.fromkeys(calls, (error, ERROR_BARS[dtype])),
                 {"mas_fast": bars[positions]} if positions in bars and dtype == NARROW else {},
                 flops=2.0 * samples * positions * size * size,
             )
+
+
+def autotuned(call: Callable[[], None]) -> None:
+    """Make a call with the tile that was measured to be the fastest."""
+    os.environ["MAS_FAST_AUTOTUNE"] = "1"
+    try:
+        call()
+    finally:
+        del os.environ["MAS_FAST_AUTOTUNE"]
 
 
 def measure_hopper(run: Run) -> None:

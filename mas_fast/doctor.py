@@ -2,6 +2,8 @@
 
 import importlib
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,37 @@ def report() -> str:
     }
     width = max(map(len, facts))
     lines = [f"{name.ljust(width)}  {value}" for name, value in facts.items()]
+    if torch.cuda.is_available():
+        lines += ["", *first_call_lines(torch.device("cuda"))]
     return "\n".join([*lines, "", str(ops.implementations()), "", *POINTERS])
+
+
+def first_call_lines(device: torch.device) -> list[str]:
+    """Return what the first call of each op that accumulates Ω costs, which compiles it, and the second."""
+    data = torch.ones(2, 8, 16, device=device)
+    ids = torch.zeros(2, 8, dtype=torch.long, device=device)
+    image, kernel = data.view(2, 16, 8, 1), torch.zeros(16, 16, 1, 1, device=device)
+    omega, column = torch.zeros(16, 16, device=device), torch.zeros(16, device=device)
+    calls = {
+        "accumulate_linear_": lambda: ops.accumulate_linear_(omega, data, data),
+        "accumulate_conv_": lambda: ops.accumulate_conv_(kernel, image, image, [1, 1], [0, 0], [1, 1]),
+        "accumulate_embedding_": lambda: ops.accumulate_embedding_(omega, data, ids),
+        "accumulate_affine_": lambda: ops.accumulate_affine_(None, column, data.unsqueeze(3)),
+    }
+    lines = ["first call on the GPU, which compiles or finds in Triton's cache, and the next:"]
+    for name, call in calls.items():
+        first, second = (time_ms(call, device) for _ in range(2))
+        lines.append(f"  {name.ljust(22)}  {first:8.1f} ms  {second:8.3f} ms")
+    return lines
+
+
+def time_ms(call: Callable[[], None], device: torch.device) -> float:
+    """Return how long a call takes, with all that it starts on the device."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def gpu_names() -> list[str]:

@@ -6,6 +6,7 @@ it multiplies matrices, or loads aligned rows in small pieces. It needs triton a
 
 import argparse
 import itertools
+import multiprocessing
 import os
 import re
 import subprocess
@@ -24,6 +25,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from mas_fast.kernels.gpu import affine, conv, embedding, hopper, linear
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+# Compute capability -> bytes of shared memory that a program may have. 8.6 is as 8.0 with less of it.
+SHARED = {80: 166912, 86: 101376, 90: 232448}
 ARCHITECTURES = (80, 90)
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # Instructions: products of matrices, asynchronous or not; loads of 8 or 16 bytes, also right into shared memory.
@@ -33,6 +36,8 @@ COUNTED = {
     "TMA": r"\bUTMALDG\b",
     "wide": r"\bLDG(STS)?\.E(\.BYPASS)?(\.LTC\w+)?\.(64|128)\b",
 }
+
+TASKS = []  # of a process of the pool
 
 
 class Configuration(NamedTuple):
@@ -59,24 +64,35 @@ class Configuration(NamedTuple):
 
 
 def linear_configurations():
+    # Less shared memory, fewer stages.
+    tile = linear.fitted(linear.WIDE, 2, SHARED[86])
+    yield linear_configuration(torch.bfloat16, tile)._replace(architectures=(86,))
+    # What autotuning would compare.
+    for dtype in (torch.bfloat16, torch.float32):
+        for tile in linear.candidates_for(4096, 4096, 512, dtype):
+            yield linear_configuration(dtype, tile)
     for dtype, positions in itertools.product(TYPES, (2, 17, 33, 512)):
+        tile = linear.tile_for(4096, 4096, positions, dtype)
         for precision in ("tf32x3", "tf32") if dtype == torch.float32 else ("tf32x3",):
             for square in (False, True) if positions == 512 else (False,):
-                tile = linear.tile_for(4096, 4096, positions, dtype)
-                yield Configuration(
-                    f"linear {name_of(dtype)} {tile.outputs}x{tile.inputs}x{tile.positions} {precision}"
-                    + square * " square",
-                    linear.linear_kernel,
-                    {"delta": TYPES[dtype], "x": TYPES[dtype], "out": "*fp32"},
-                    {
-                        **{"delta_o": 1, "x_i": 1, "SQUARE": square, "ADD": True, "PRECISION": precision},
-                        **{"INTERPRET": False, "BO": tile.outputs, "BI": tile.inputs, "BT": tile.positions, "GROUP": 8},
-                    },
-                    ("delta", "x", "out", "outputs", "inputs", "delta_n", "delta_t", "x_n", "x_t", "out_split"),
-                    {"num_warps": tile.warps, "num_stages": tile.stages},
-                    is_product=True,
-                    is_wide=True,
-                )
+                yield linear_configuration(dtype, tile, precision, square)
+
+
+def linear_configuration(dtype, tile, precision="tf32x3", square=False):
+    return Configuration(
+        f"linear {name_of(dtype)} {tile.outputs}x{tile.inputs}x{tile.positions} s{tile.stages} {precision}"
+        + " square" * square,
+        linear.linear_kernel,
+        {"delta": TYPES[dtype], "x": TYPES[dtype], "out": "*fp32"},
+        {
+            **{"SQUARE": square, "ADD": True, "PRECISION": precision},
+            **{"INTERPRET": False, "BO": tile.outputs, "BI": tile.inputs, "BT": tile.positions, "GROUP": 8},
+        },
+        ("delta", "x", "out", "outputs", "inputs", "delta_n", "delta_t", "x_n", "x_t", "out_split"),
+        {"num_warps": tile.warps, "num_stages": tile.stages},
+        is_product=True,
+        is_wide=True,
+    )
 
 
 def hopper_configurations():
@@ -252,13 +268,18 @@ def report(configuration, architecture):
     return {"registers": registers, "stack": stack, "spills": spills, "shared": compiled.metadata.shared, **counts}
 
 
+def report_task(index):
+    """Report on a task, in a process of the pool."""
+    return report(*TASKS[index])
+
+
 def faults_of(configuration, architecture, found):
     if found["stack"] or found["spills"]:
         yield f"{found['stack']} bytes of stack and {found['spills']} spills"
     threads = 32 * (configuration.warps or configuration.options["num_warps"])
     if found["registers"] * threads > 65536:
         yield f"{found['registers']} registers for {threads} threads"
-    if found["shared"] > {80: 166912, 90: 232448}[architecture]:
+    if found["shared"] > SHARED[architecture]:
         yield f"{found['shared']} bytes of shared memory"
     if configuration.is_product and not found["MMA"]:
         yield "no tensor cores"
@@ -284,12 +305,12 @@ def main(argv=None):
     ]
     of_each_kernel = {c.kernel: c for c in configurations}.values()
     configurations += with_ones(of_each_kernel)
+    chosen = [c for c in dict((c.label, c) for c in configurations).values() if only in c.label]
+    tasks = [(configuration, architecture) for configuration in chosen for architecture in configuration.architectures]
     failed = []
-    for configuration in dict((c.label, c) for c in configurations).values():
-        if only not in configuration.label:
-            continue
-        for architecture in configuration.architectures:
-            found = report(configuration, architecture)
+    # Forked, as kernels cannot be sent to other processes.
+    with multiprocessing.get_context("fork").Pool(initializer=TASKS.extend, initargs=(tasks,)) as pool:
+        for (configuration, architecture), found in zip(tasks, pool.imap(report_task, range(len(tasks))), strict=True):
             faults = list(faults_of(configuration, architecture, found))
             failed += [f"{configuration.label} sm_{architecture}: {fault}" for fault in faults]
             numbers = "  ".join(f"{name} {value:>6}" for name, value in found.items())

@@ -150,3 +150,11 @@ def test_each_problem_is_one_line_with_the_way_out(monkeypatch, name, replacemen
 def test_nothing_built_is_no_problem(monkeypatch):
     monkeypatch.setattr(doctor, "built_files", lambda: (None, []))
     assert doctor.problems() == []
+
+
+def test_first_calls_are_timed():
+    heading, *lines = doctor.first_call_lines(torch.device("cpu"))
+    assert heading.startswith("first call")
+    accumulating = [op for op in ops.OPS if op.startswith("accumulate_")]
+    assert [line.split()[0] for line in lines] == accumulating
+    assert all(float(line.split()[column]) > 0 for line in lines for column in (1, 3))

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 from mas_fast.kernels import gpu, ops  # noqa: E402
-from mas_fast.kernels.gpu import common, embedding, hopper, linear  # noqa: E402
+from mas_fast.kernels.gpu import common, embedding, hopper, linear, tuning  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -248,6 +248,50 @@ def test_tiles_of_every_shape_are_powers_of_two_that_fit_the_registers():
         tile = linear.tile_for(o, i, t, dtype)
         assert all(math.log2(n).is_integer() for n in tile[:3])
         assert tile.outputs * tile.inputs / (32 * tile.warps) <= 64
+
+
+def test_stages_fit_the_shared_memory():
+    assert linear.fitted(linear.WIDE, 2, 232448) == linear.WIDE
+    assert linear.fitted(linear.WIDE, 2, 101376).stages == 3  # as on compute capability 8.6
+    assert linear.fitted(linear.WIDE, 2, 1).stages == 1
+
+
+def test_autotuning_measures_once_for_shapes_of_a_kind(tmp_path, monkeypatch):
+    file = tmp_path / "new" / "tiles.json"
+    measured = []
+
+    def time_ms(call):
+        call()
+        return {linear.NARROW: 2.0, linear.WIDE: 1.0}[measured[-1]]
+
+    def fastest(*sizes):
+        key = tuning.bucket(*sizes)
+        return tuning.fastest(key, [linear.NARROW, linear.WIDE], measured.append, file, time_ms)
+
+    assert fastest(4096, 100) == linear.WIDE
+    assert measured == [linear.NARROW, linear.WIDE]
+    assert fastest(3000, 128) == linear.WIDE
+    monkeypatch.setattr(tuning, "_chosen", {})  # as another process
+    assert fastest(4096, 100) == linear.WIDE
+    assert len(measured) == 2
+    fastest(4096, 129)
+    assert len(measured) == 4
+    assert [path.name for path in file.parent.iterdir()] == ["tiles.json"]
+
+
+def test_autotuning_names_a_file_that_it_cannot_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "_chosen", {})
+    file = tmp_path / "tiles.json"
+    file.write_text('{"half')
+    with pytest.raises(RuntimeError, match=r"tiles\.json cannot be read .* delete it"):
+        tuning.fastest("any", [1, 2], print, file, lambda call: 0.0)
+
+
+def test_autotuning_compares_what_is_chosen_without_it_first():
+    for dtype, positions in itertools.product(DTYPES, (2, 17, 512)):
+        candidates = linear.candidates_for(4096, 4096, positions, dtype)
+        assert candidates[0] == linear.tile_for(4096, 4096, positions, dtype)
+        assert len(set(candidates)) == len(candidates) <= 6
 
 
 class Net(nn.Module):

@@ -19,6 +19,15 @@ def num_sms(device: torch.device) -> int:
     return 1 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return how many bytes of shared memory a program may have."""
+    if INTERPRET:
+        return 1 << 20
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
 def splits_of(tiles: int, samples: int, bytes_each: int, device: torch.device) -> int:
     """Return into how many parts samples are split, so that every multiprocessor has something to do.
 

@@ -1,7 +1,7 @@
-"""Ω[o, i] += Σ_n |Σ_t δ[n, t, o] x[n, t, i]| on Hopper, in Gluon: one warp loads, two or three groups of warps multiply.
+"""Ω[o, i] += Σ_n |Σ_t δ[n, t, o] x[n, t, i]| on Hopper, in Gluon: a warp loads, two or three groups of warps multiply.
 
-The same tiles and sums as linear.py, with what portable Triton has no words for: the copy engine (TMA) brings boxes of δ
-and x to shared memory, with zeros past every edge; each group of four warps multiplies its 64 rows of the tile out of
+The same tiles and sums as linear.py, with what portable Triton has no words for: the copy engine (TMA) brings boxes of
+δ and x to shared memory, with zeros past every edge; each group of four warps multiplies its 64 rows of the tile out of
 it, and starts a sample without clearing its accumulator; and while one group adds magnitudes the others multiply.
 
 It has not run on a GPU yet. So it is not chosen unless MAS_FAST_HOPPER=1 asks for it; benchmarks/gpu.py compares the
@@ -33,7 +33,7 @@ REGISTERS = {2: (208, 168), 3: (152, 128)}
 
 @aggregate
 class Work:
-    """What all groups of warps of a program know: where the data is, which tile and samples are theirs, and constants."""
+    """What all groups of warps of a program know: where the data is, which tile and samples are theirs, constants."""
 
     delta: tma.tensor_descriptor
     x: tma.tensor_descriptor

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mas_fast.kernels.gpu.common import INTERPRET, add_magnitude, product, splits_of
+from mas_fast.kernels.gpu import tuning
+from mas_fast.kernels.gpu.common import INTERPRET, add_magnitude, product, shared_memory, splits_of
 
 # Samples of one position each that are summed as positions of one.
 POOL = 64 if INTERPRET else 512
@@ -32,6 +33,25 @@ class Tile(NamedTuple):
 # Two accumulators of 64 + 64 registers a thread are what fits without spilling.
 NARROW = Tile(64, 128, 64, 4, 4)
 WIDE = Tile(128, 128, 64, 8, 4)
+
+
+# What else could be faster, by 64 positions: more columns for each row of δ, and fewer steps under way with more tiles.
+OTHERS = (Tile(64, 256, 64, 8, 4), Tile(64, 128, 64, 4, 3), Tile(128, 128, 32, 8, 4))
+
+
+def fitted(tile: Tile, element_bytes: int, available: int) -> Tile:
+    """Return the tile with as many steps under way as shared memory has room for."""
+    step_bytes = (tile.outputs + tile.inputs) * tile.positions * element_bytes
+    return tile._replace(stages=max(1, min(tile.stages, available // step_bytes)))
+
+
+def candidates_for(outputs: int, inputs: int, positions: int, dtype: torch.dtype) -> list[Tile]:
+    """Return the tiles that autotuning compares, the one that is chosen without it first."""
+    chosen = tile_for(outputs, inputs, positions, dtype)
+    if dtype == torch.float32:
+        return [chosen, chosen._replace(stages=2), Tile(32, 64, chosen.positions, 4, 3)]
+    others = (tile._replace(positions=min(tile.positions, chosen.positions)) for tile in (NARROW, WIDE, *OTHERS))
+    return list(dict.fromkeys((chosen, *others)))
 
 
 def tile_for(outputs: int, inputs: int, positions: int, dtype: torch.dtype) -> Tile:
@@ -58,10 +78,8 @@ def linear_kernel(
     inputs,
     delta_n,
     delta_t,
-    delta_o,
     x_n,
     x_t,
-    x_i,
     out_split,
     per_split,
     SQUARE: tl.constexpr,
@@ -86,8 +104,8 @@ def linear_kernel(
 
     split = tl.program_id(1)
     first = split * per_split
-    delta_tile = delta + t[:, None].to(tl.int64) * delta_t + o[None, :].to(tl.int64) * delta_o
-    x_tile = x + t[:, None].to(tl.int64) * x_t + i[None, :].to(tl.int64) * x_i
+    delta_tile = delta + t[:, None].to(tl.int64) * delta_t + o[None, :]
+    x_tile = x + t[:, None].to(tl.int64) * x_t + i[None, :]
     steps = tl.cdiv(positions, BT)
     total = tl.zeros((BO, BI), tl.float32)
     acc = tl.zeros((BO, BI), tl.float32)
@@ -120,11 +138,11 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def arguments_of(omega: Tensor, delta: Tensor, x: Tensor, square: bool) -> tuple[Any, ...]:
-    """Return tile, grid, splits and the options of a launch."""
-    samples, positions, outputs = delta.shape
+def arguments_of(omega: Tensor, delta: Tensor, x: Tensor, square: bool, tile: Tile) -> tuple[Any, ...]:
+    """Return tiles, splits and the options of a launch."""
+    samples, _, outputs = delta.shape
     inputs = x.shape[2]
-    tile = tile_for(outputs, inputs, positions, delta.dtype)
+    tile = fitted(tile, delta.element_size(), shared_memory(omega.device))
     tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(inputs, tile.inputs)
     splits = splits_of(tiles, samples, 4 * outputs * inputs, omega.device)
     options = {
@@ -167,9 +185,26 @@ def _accumulate(omega: Tensor, delta: Tensor, x: Tensor, square: bool) -> None:
         if hopper.suits(delta, x):
             hopper.accumulate(omega, delta, x, square)
             return
+    outputs, inputs = omega.shape
+    positions, dtype = delta.shape[1], delta.dtype
+    tile = tile_for(outputs, inputs, positions, dtype)
+    if tuning.is_wanted() and not INTERPRET:
+        name = str(dtype).removeprefix("torch.")
+        tile = tuning.fastest(
+            f"linear {name} {precision_of(dtype)} {tuning.bucket(outputs, inputs, positions, len(delta))}",
+            candidates_for(outputs, inputs, positions, dtype),
+            lambda candidate: _launch(torch.empty_like(omega), delta, x, square, candidate),
+            tuning.cache_file(omega.device),
+        )
+    _launch(omega, delta, x, square, tile)
+
+
+def _launch(omega: Tensor, delta: Tensor, x: Tensor, square: bool, tile: Tile) -> None:
+    # Rows in one piece: loads in any other order take so many registers that some are spilled.
+    delta, x = (t if t.stride(2) == 1 else t.contiguous() for t in (delta, x))
     samples, positions, outputs = delta.shape
     inputs = x.shape[2]
-    tiles, splits, options = arguments_of(omega, delta, x, square)
+    tiles, splits, options = arguments_of(omega, delta, x, square, tile)
     out = omega if splits == 1 else omega.new_empty(splits, outputs, inputs)
     linear_kernel[(tiles, splits)](
         delta,
@@ -179,8 +214,8 @@ def _accumulate(omega: Tensor, delta: Tensor, x: Tensor, square: bool) -> None:
         positions,
         outputs,
         inputs,
-        *delta.stride(),
-        *x.stride(),
+        *delta.stride()[:2],
+        *x.stride()[:2],
         outputs * inputs,
         triton.cdiv(samples, splits),
         **options,
