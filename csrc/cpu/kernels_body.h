@@ -18,6 +18,7 @@ template <>
 struct Lanes<float> {
   using Vector = float __attribute__((vector_size(MAS_FAST_VECTOR_BYTES)));
   using Bits = uint32_t __attribute__((vector_size(MAS_FAST_VECTOR_BYTES)));
+  using Signed = int32_t __attribute__((vector_size(MAS_FAST_VECTOR_BYTES)));
   static constexpr uint32_t kMagnitudeMask = 0x7fffffffu;
 };
 template <>

@@ -81,21 +81,22 @@ inline void with_kept(const Holds<T>& holds, F f) {
 // their own, compilers widen bytes in twice as many instructions as the rest of a step has.
 #if defined(__AVX512F__)
 inline Vector<float> load_roots(const uint8_t* codes) {
-  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-  return Vector<float>(_mm512_cvtepi32_ps(wide)) * (1.0f / 255.0f);
+  // With a mask of all lanes, as GCC 12 warns of what the plain form leaves undefined.
+  const __m512i wide = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  return __builtin_convertvector(Lanes<float>::Signed(wide), Vector<float>) * (1.0f / 255.0f);
 }
 inline Vector<float> load_bfloat16(const uint16_t* bits) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits)));
-  return Vector<float>(_mm512_slli_epi32(wide, 16));
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits)));
+  return Vector<float>(Lanes<float>::Bits(wide) << 16);
 }
 #elif defined(__AVX2__)
 inline Vector<float> load_roots(const uint8_t* codes) {
   const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-  return Vector<float>(_mm256_cvtepi32_ps(wide)) * (1.0f / 255.0f);
+  return __builtin_convertvector(Lanes<float>::Signed(wide), Vector<float>) * (1.0f / 255.0f);
 }
 inline Vector<float> load_bfloat16(const uint16_t* bits) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
-  return Vector<float>(_mm256_slli_epi32(wide, 16));
+  return Vector<float>(Lanes<float>::Bits(wide) << 16);
 }
 #else
 inline Vector<float> load_roots(const uint8_t* codes) {
