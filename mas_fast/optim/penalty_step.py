@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from operator import attrgetter, is_
+from operator import attrgetter, is_, methodcaller
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -24,6 +24,11 @@ _grad_of = attrgetter("grad")
 _layout_of = attrgetter("layout")
 _shape_of = attrgetter("shape")
 
+
+def _get(name: str) -> Callable[[dict[str, Any]], Any]:
+    return methodcaller("get", name)
+
+
 # Options of torch that choose between its implementations, and what they must be here.
 INERT = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
 # Parameters that a message lists.
@@ -37,7 +42,8 @@ class Batch(NamedTuple):
         group: Their group.
         parameters: θ.
         states: The dicts of their state; none where they have no state.
-        shapes: Of the parameters, and of their state.
+        shapes: Of the parameters, their gradients and their state.
+        sizes: Their numbers of entries.
         kept: What the dicts hold, a list by name; none where it is still to be made.
         fresh: Whether it is still to be made.
         counts: Of AdamW, the steps taken, float [n] on the host; every `step` of the state is an entry of it.
@@ -48,6 +54,7 @@ class Batch(NamedTuple):
     parameters: list[Tensor]
     states: list[dict[str, Any]]
     shapes: list[torch.Size]
+    sizes: list[int]
     kept: dict[str, list[Any]]
     fresh: bool
     counts: Tensor | None
@@ -58,9 +65,10 @@ class Batch(NamedTuple):
         return (
             not self.fresh
             and [*map(_shape_of, self.parameters)] == self.shapes
+            # Of state that is still the same tensors, how large it is says enough, and costs a third.
             and all(
-                all(map(is_, [state.get(name) for state in self.states], tensors))
-                and (name == "step" or [*map(_shape_of, tensors)] == self.shapes)
+                all(map(is_, map(_get(name), self.states), tensors))
+                and (name == "step" or [*map(Tensor.numel, tensors)] == self.sizes)
                 for name, tensors in self.kept.items()
             )
         )
@@ -237,16 +245,21 @@ class PenaltyStep(Optimizer):
             for parameter in parameters:
                 state = self.state.get(parameter, {}) if names else {}
                 fresh = bool(names) and all(state.get(name) is None for name in names)
-                reasons = [_unwritable(parameter), *(_misfit(state, name, parameter) for name in names if not fresh)]
+                reasons = [
+                    _unwritable(parameter),
+                    _misshapen_grad(parameter),
+                    *(_misfit(state, name, parameter) for name in names if not fresh),
+                ]
                 if self._counts_steps and not fresh and not _is_number(state.get("step")):
                     reasons.append("has no number 'step' in its state")
                 problems += [f"{self._label(group, parameter)} {reason}" for reason in reasons if reason]
                 ranks = splitting_groups(parameter)
                 key = parameter.device, fresh, is_sharded(parameter), ranks
-                batch = batches.setdefault(key, Batch(group, [], [], [], {}, fresh, None, ranks))
+                batch = batches.setdefault(key, Batch(group, [], [], [], [], {}, fresh, None, ranks))
                 batch.parameters.append(parameter)
                 batch.states.append(state)
                 batch.shapes.append(parameter.shape)
+                batch.sizes.append(parameter.numel())
             found += batches.values()
         if problems:
             raise ValueError(f"parameters and their state must fit each other, got:{bullets(problems)}")
@@ -346,7 +359,7 @@ def _dense_grads(batch: Batch) -> Sequence[Tensor]:
     """Return this rank's parts of the gradients.
 
     Raises:
-        ValueError: A gradient is sparse, or of another shape.
+        ValueError: A gradient is sparse.
     """
     grads = [*map(_grad_of, batch.parameters)]
     if {*map(_layout_of, grads)} - {torch.strided}:
@@ -355,10 +368,6 @@ def _dense_grads(batch: Batch) -> Sequence[Tensor]:
             f".grad must be dense, got sparse ones for parameters of shape {_shortened(sparse)}: build "
             "nn.Embedding with sparse=False, or give it to an optimizer of torch"
         )
-    if [*map(_shape_of, grads)] != batch.shapes:
-        pairs = zip(batch.shapes, map(_shape_of, grads), strict=True)
-        differing = [f"{list(ours)} and {list(theirs)}" for ours, theirs in pairs if ours != theirs]
-        raise ValueError(f"parameters and their .grad must have the same shapes, got {_shortened(differing)}")
     if is_sharded(batch.parameters[0]):
         # A gradient may be a sum that the ranks have yet to form.
         grads = [placed_like(grad, theta) for grad, theta in zip(grads, batch.parameters, strict=True)]
@@ -379,6 +388,14 @@ def _unwritable(parameter: Tensor) -> str | None:
     if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
         return "is expanded, and its entries share memory: clone() it"
     return None
+
+
+def _misshapen_grad(parameter: Tensor) -> str | None:
+    # Nobody can set such a .grad: it was there when the parameter got another shape. So this is asked once for a shape.
+    grad = parameter.grad
+    if grad is None or grad.shape == parameter.shape:
+        return None
+    return f"has shape {list(parameter.shape)} and a .grad of shape {list(grad.shape)}, which must be the same"
 
 
 def _misfit(state: dict[str, Any], name: str, parameter: Tensor) -> str | None:
