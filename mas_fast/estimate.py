@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mas_fast.capture.backward import not_finite
 from mas_fast.capture.refuse import Refusing
 from mas_fast.capture.session import MEMORY_BUDGET, Capture, uncompiled
-from mas_fast.checks import DTYPES
+from mas_fast.checks import DTYPES, one_of
 from mas_fast.coverage import Coverage, merge_coverage
 from mas_fast.distributed import Ranks, agree, reshard, uncoupled
 from mas_fast.errors import CaptureError
@@ -31,6 +32,7 @@ def estimate_importance(
     objective: Objective = "l2_squared",
     statistic: str = "abs",
     scope: str = "global",
+    per: str = "sample",
     parameters: Parameters = None,
     dtype: torch.dtype = torch.float32,
     unsupported: str = "loop",
@@ -57,7 +59,14 @@ def estimate_importance(
         objective: "l2_squared" (the paper's ‖F‖²), "l2", "l1", or a callable output -> [N], one scalar per sample. The
             number of samples is read from its result. By name, the first axis of the output is the sample axis.
         statistic: "abs" for Ω of MAS; "square" for Σ g²/N, the exact diagonal empirical Fisher of the objective.
-        scope: "global"; "local" (l-MAS) does not exist yet in this version.
+        scope: "global": of the model's output. "local" (l-MAS, without a backward through the model): of each layer's
+            own output, ‖F_l(y)‖², where a layer ends at the next call with parameters; for ReLU layers 2·y_i·y_j. Skip
+            connections are cut there, too. Layers must have the samples first, and no call may hide where one begins.
+        per: "sample", the paper's formula. "batch" takes |·| of the mean gradient of each batch, and the mean over
+            batches, each of equal weight: what most public code computes. It is another quantity, smaller and dependent
+            on the batches, and is here to be compared with; the name of the objective says so, and the two do not
+            merge. The authors' batch mode and Avalanche's plugin take objective="l2_squared", FACIL "l2"; the last two
+            leave the model in training mode, which this never does.
         parameters: Names, or a predicate (name, parameter) -> bool; by default all that require a gradient.
         dtype: Floating dtype of Ω. Sums are never narrower than float32.
         unsupported: What no rule is exact for takes one backward per sample ("loop", reported in `.coverage`), or
@@ -81,6 +90,11 @@ def estimate_importance(
         Aljundi et al., Memory Aware Synapses: Learning what (not) to forget, ECCV 2018, Sec. 4.1.
     """
     run = forward or default_forward
+    one_of("per", per, ("sample", "batch"))
+    if per == "batch":
+        if scope != "global":
+            raise ValueError(f"scope must be 'global' where per='batch', got {scope!r}")
+        return _of_batches(model, data, run, objective, statistic, parameters, dtype, progress)
     with capture(
         model,
         statistic=statistic,
@@ -90,13 +104,12 @@ def estimate_importance(
         unsupported=unsupported,
         memory_budget=memory_budget,
     ) as session:
-        if isinstance(data, Tensor):
-            raise TypeError("data must be an iterable of batches, got a tensor, whose rows are no batches; pass [data]")
-        name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", repr(objective))
+        _check_data(data)
+        name = _objective_name(objective)
         # An unknown name should not wait for the first batch.
         if isinstance(objective, str):
             sample_objective(objective, torch.zeros(1, 1))
-        checked = forward is not None
+        checked, checked_layers = forward is not None, False
         if progress and session.ranks.first:
             data = _with_progress(data, session)
         for index, batch in enumerate(data):
@@ -105,7 +118,15 @@ def estimate_importance(
                 objectives = partial(_objectives, session.model, batch, run, objective)
                 rows = {t.shape[0] if t.dim() else None for t in _tensors(batch)}
                 session.batch_rows = rows.pop() if len(rows) == 1 else None
-                alone = None if checked else _objectives_alone(session.model, batch, objective)
+                alone = None
+                if session.local:
+                    session.accumulate(objectives)
+                    if not checked_layers:
+                        _check_layers(session, batch, run, objective)
+                    checked_layers = True
+                    continue
+                if not checked:
+                    alone = _objectives_alone(session.model, batch, objective)
                 checked = checked or alone is not None
                 if alone is None:
                     session.accumulate(objectives)
@@ -119,6 +140,65 @@ def estimate_importance(
                     raise
                 raise type(error)(f"batch {index}: {error}") from error
         return session.importance(objective=name, _final=True)
+
+
+def _of_batches(
+    model: nn.Module,
+    data: Iterable[Any],
+    run: Callable[[nn.Module, Any], Any],
+    objective: Objective,
+    statistic: str,
+    parameters: Parameters,
+    dtype: torch.dtype,
+    progress: bool,
+) -> Importance:
+    """Return Ω = (1/B) Σ_b |∂ mean_n objective_bn/∂θ|: one ordinary backward for each of B batches."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_options(model, statistic, "global", dtype)
+    _check_data(data)
+    if Ranks.of(model).groups:
+        raise ValueError("per='batch' must be of a model in one process, got one spread over ranks: pass model.module")
+    selected = _select_parameters(model, parameters)
+    inner = unwrapped(model)
+    sums = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in selected.items()
+    }
+    met: set[str] = set()
+    samples = batches = 0
+    if progress:
+        data = _progress_bar(data)
+    with _left_as_found(inner), torch.inference_mode(False), torch.enable_grad():
+        for batch in data:
+            values = _objectives(inner, tree_map_only(Tensor, _normal, batch), run, objective)
+            gradients = torch.autograd.grad(values.mean(), list(selected.values()), allow_unused=True)
+            for (name, total), gradient in zip(sums.items(), gradients, strict=True):
+                if gradient is not None:
+                    met.add(name)
+                    total += gradient.to(total.dtype).square() if statistic == "square" else gradient.abs()
+            samples, batches = samples + len(values), batches + 1
+    if not batches:
+        raise ValueError("data must hold at least one batch, got none; a one-shot iterator may be used up")
+    bad = [name for name, total in sums.items() if not bool(total.isfinite().all())]
+    if bad:
+        raise FloatingPointError(not_finite(bad))
+    return Importance(
+        {name: (total / batches).to(dtype) for name, total in sums.items()},
+        samples,
+        coverage=[Coverage(name, "batch" if name in met else "unused", int(name in met)) for name in sums],
+        objective=f"{_objective_name(objective)}, mean of each batch",
+        statistic=statistic,
+        _own=True,
+    )
+
+
+def _objective_name(objective: Objective) -> str:
+    return objective if isinstance(objective, str) else getattr(objective, "__qualname__", repr(objective))
+
+
+def _check_data(data: Any) -> None:
+    if isinstance(data, Tensor):
+        raise TypeError("data must be an iterable of batches, got a tensor, whose rows are no batches; pass [data]")
 
 
 class Session(Capture):
@@ -135,7 +215,8 @@ class Session(Capture):
         self, model: nn.Module, ranks: Ranks, scope: str, selected: Mapping[str, nn.Parameter], **options: Any
     ) -> None:
         parameters = named_parameters(model)
-        super().__init__({name: parameters[name] for name in selected}, model=model, **options)
+        owned = {name: parameters[name] for name in selected}
+        super().__init__(owned, model=model, local=scope == "local", **options)
         self.model: nn.Module = model
         self.ranks = ranks
         self._scope = scope
@@ -230,7 +311,7 @@ def capture(
     Args:
         model: See `estimate_importance`, as for all other arguments.
         statistic: "abs" or "square".
-        scope: "global".
+        scope: "global" or "local"; "local" adds ‖·‖² of every layer's output to the objectives.
         parameters: Names, or a predicate (name, parameter) -> bool.
         dtype: Floating dtype of Ω.
         unsupported: "loop" or "raise".
@@ -259,9 +340,7 @@ def capture(
 def _check_options(model: nn.Module, statistic: str, scope: str, dtype: torch.dtype) -> None:
     if statistic not in ("abs", "square"):
         raise ValueError(f"statistic must be 'abs' or 'square', got {statistic!r}")
-    if scope == "local":
-        raise NotImplementedError("scope='local' (l-MAS) does not exist yet in this version; use scope='global'")
-    if scope != "global":
+    if scope not in ("global", "local"):
         raise ValueError(f"scope must be 'global' or 'local', got {scope!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
@@ -397,6 +476,31 @@ def _remembered(objectives: Callable[[], Tensor], seen: list[Tensor]) -> Tensor:
     return values
 
 
+def _check_layers(session: Session, batch: Any, run: Callable[[nn.Module, Any], Any], objective: Objective) -> None:
+    """Compare the sum of what all layers return for the first and the last sample with what they return for it alone.
+
+    Where a layer has its samples on another axis than the first, nothing else would show it.
+
+    Raises:
+        CaptureError: They differ, or no sample can be run alone.
+    """
+    together = session.local_values
+    if len(together) == 1:
+        return
+    tensors = _tensors(batch)
+    if any(t.dim() == 0 or t.shape[0] != len(together) for t in tensors) or not tensors:
+        raise CaptureError(
+            "batches must have one row for each sample in scope='local', which is checked on samples alone"
+        )
+    alone = {}
+    with Refusing(session.model) as watched:
+        for sample in (0, len(together) - 1):
+            # Twice, for models that drop the axis of one.
+            part = tree_map_only(Tensor, lambda t, sample=sample: t[[sample, sample]], batch)  # type: ignore[misc]
+            alone[sample] = session.values_of(partial(_objectives, session.model, part, run, objective))[0]
+    _compare(together, alone, watched.eps)
+
+
 def _compare(together: Tensor, alone: Mapping[int, Tensor], eps: float) -> None:
     """Compare the objectives of a batch with those alone, where whoever mixes samples shows.
 
@@ -425,9 +529,13 @@ def _tensors(batch: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
-def _with_progress(data: Iterable[Any], session: Session) -> Iterable[Any]:
+def _progress_bar(data: Iterable[Any]) -> Any:
     from tqdm.auto import tqdm
 
-    bar = tqdm(data, desc="importance", unit="batch")
+    return tqdm(data, desc="importance", unit="batch")
+
+
+def _with_progress(data: Iterable[Any], session: Session) -> Iterable[Any]:
+    bar = _progress_bar(data)
     session.tell_loop = lambda done, samples: bar.set_postfix_str(f"loop: sample {done} of {samples}")
     return bar

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mas_fast import storage
+from mas_fast.checks import one_of
 from mas_fast.distributed import Ranks, reshard, trained_parameters
 from mas_fast.encoded import Decoded, Keeping
 from mas_fast.importance import Importance
@@ -22,6 +23,7 @@ from mas_fast.merge import check_merge
 from mas_fast.packing import packed, unpacked
 from mas_fast.penalty import add_penalty_grad_, penalty_by_parameter, penalty_value, traced_penalty_value
 from mas_fast.plan import Plan, nothing_holds
+from mas_fast.sharding import placed_like
 from mas_fast.state import ENTRIES, TENSOR_ENTRIES, State, adapted, from_entries, merged
 
 KIND = "mas_fast.mas"
@@ -193,6 +195,54 @@ class MAS:
         if not any(Ranks.holding(parameters[name] for name in state.omega).gather(holds)):
             warnings.warn("the importance is 0 for every parameter: the penalty holds nothing", stacklevel=2)
         self._replace(state, parameters, lams)
+        return importance
+
+    def observe(self, batch: Any, how: str = "mean", *, alpha: float = 0.01, **estimate_kwargs: Any) -> Importance:
+        """Update Ω with a batch of unlabelled data that the model meets where it is deployed: what is used, stays.
+
+        θ* stays as it is for parameters that have one; the others get θ* = θ now. On any error Ω and θ* stay.
+
+        Args:
+            batch: One batch, as `estimate_importance` takes them.
+            how: "mean": Ω becomes the mean over all samples so far, those of the tasks included. "ema": Ω is
+                (1 − alpha) Ω + alpha Ω of the batch, so that what is used no longer is forgotten.
+            alpha: The weight of the batch in "ema", from 0 to 1.
+            **estimate_kwargs: Options of `estimate_importance`; those of the first Ω, or they do not merge.
+
+        Returns:
+            The importance of the batch.
+
+        Raises:
+            ValueError: `how` is another one, or Ω is kept in less than float32, which would round small changes away;
+                else as `consolidate`.
+            CaptureError: From the estimate.
+
+        Source:
+            Aljundi et al., Memory Aware Synapses, ECCV 2018, where Ω needs no labels so that it can follow the use of
+            the model.
+        """
+        one_of("how", how, ("mean", "ema"))
+        check_merge(how, alpha)
+        wide = {torch.float32, torch.float64, None}
+        narrow = sorted(map(str, {self.omega_dtype, *(k.values.dtype for k in self._state.omega.values())} - wide))
+        if narrow:
+            raise ValueError(
+                f"Ω must be kept in float32 to be updated batch by batch, got {', '.join(narrow)}, which would round "
+                "small changes away; observe with a MAS of its own and consolidate what it found"
+            )
+        self._fitting_parameters()
+        from mas_fast.estimate import estimate_importance
+
+        importance = estimate_importance(self.model, [batch], **estimate_kwargs)
+        parameters = trained_parameters(self.model)
+        state = merged(self._state, self.model, parameters, importance, self._keeping, how=how, alpha=alpha)
+        for name, kept in self._state.anchor.items():
+            like = parameters[name]
+            own = (
+                kept if self._keeping.is_placed(kept, like) else self._keeping.anchor(placed_like(kept.tensor(), like))
+            )
+            state.anchor[name] = own
+        self._replace(state, parameters, lams_of(self._lam, state.omega))
         return importance
 
     def penalty(self) -> Tensor:

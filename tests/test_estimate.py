@@ -489,7 +489,6 @@ BAD = {
     ),
     "complex": (with_complex, [X.float()], {}, ValueError, ["w is complex"]),
     "lazy": (lazy, [X.float()], {}, ValueError, ["0.weight is not initialised yet", "run one batch"]),
-    "local": (mlp, [X], {"scope": "local"}, NotImplementedError, ["l-MAS", "scope='global'"]),
     "scope": (mlp, [X], {"scope": "layer"}, ValueError, ["scope must be 'global' or 'local', got 'layer'"]),
     "statistic": (mlp, [X], {"statistic": "mean"}, ValueError, ["statistic must be 'abs' or 'square', got 'mean'"]),
     "unsupported": (

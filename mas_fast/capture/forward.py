@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from mas_fast.capture.binding import RULES, Binding, bind
@@ -79,6 +79,8 @@ class Forward(TorchFunctionMode):
         self._tracked: dict[int, Tracked] = {}
         self._constants: dict[int, Tensor] = {}  # made in this forward from no data
         self._wanted = {id(p) for p in capture.parameters.values()}
+        self._cuts: dict[int, tuple[Tensor, Tensor]] = {}  # of a local scope: what a layer returned, and it detached
+        self._layer_norms: list[Tensor] = []  # of the same, ‖·‖² by entry of its first axis
         self._turned: set[int] = set()  # sites that another way is to be tried for in the next forward
         self._counts: dict[tuple[str, tuple[str, ...]], int] = {}
         for name, source in capture.whole.items():
@@ -92,12 +94,16 @@ class Forward(TorchFunctionMode):
         self.unreached.clear()
         self._tracked.clear()
         self._constants.clear()
+        self._cuts.clear()
+        self._layer_norms.clear()
 
     def run(self, objectives: Callable[[], Tensor]) -> Tensor:
         """Run the model; returns the objectives [N]."""
         versions = {name: p._version for name, p in self.capture.parameters.items()}
         with self:
             values = objectives()
+        if self.capture.local:
+            values = self._with_layers(values)
         self._check_unchanged(versions)
         self.program = (self.trace.key, len(values))
         if not self.again:
@@ -110,6 +116,8 @@ class Forward(TorchFunctionMode):
     ) -> Any:
         """Run a call; where it uses a tracked tensor, in the way that fits."""
         kwargs = kwargs or {}
+        if self._cuts:
+            args, kwargs = replaced(list(args), self._beyond_cut), replaced(dict(kwargs), self._beyond_cut)
         refuse(self.capture.model, func, args, kwargs)
         if self.in_sweep is None:
             self.trace.add(func, args, kwargs)
@@ -117,6 +125,9 @@ class Forward(TorchFunctionMode):
             with self:
                 return BACKWARDS[func](*args, **kwargs)
         used = self._used(args, kwargs)
+        if self.capture.local and not used and any(isinstance(t, nn.Parameter) for t in tensors_in([*args, kwargs])):
+            # Of a layer that is not measured: those before it end here all the same.
+            args, kwargs = replaced(list(args), self._cut), replaced(dict(kwargs), self._cut)
         if not used or not torch.is_grad_enabled():
             result = func(*args, **kwargs)
             self._note_constant(func, args, kwargs, result)
@@ -141,8 +152,14 @@ class Forward(TorchFunctionMode):
         # In its own count, so that every backward of a batch finds the same sites.
         self._counts = dict.fromkeys(self._counts, 0)
 
-    def give_up(self, source: Tracked, reason: str) -> None:
-        """Understand the parameter otherwise from the next forward on: pick it differently, or loop over samples."""
+    def give_up(self, source: Tracked, reason: str, seen: bool = True) -> None:
+        """Understand the parameter otherwise from the next forward on: pick it differently, or loop over samples.
+
+        Args:
+            source: What a call met of it.
+            reason: Why it loops, if it does.
+            seen: The call is a torch function, which showed it among its arguments.
+        """
         if source.origin is not None and (id(source.origin) in self._turned or source.origin.next_way()):
             self._turned.add(id(source.origin))
             self.again = True
@@ -150,6 +167,9 @@ class Forward(TorchFunctionMode):
         for name in source.names:
             if name not in self.capture.fallback:
                 self.capture.fallback[name] = reason
+                if not source.whole or not seen:
+                    # Of a local scope: calls that do not show the parameter itself cannot be told to begin a layer.
+                    self.capture.hidden.add(name)
                 # Its calls so far were detached from the graph that the loop needs.
                 self.again |= any(name in s.names for tap in self.taps for s in tap.roles.values())
 
@@ -336,6 +356,8 @@ class Forward(TorchFunctionMode):
                 f"{site.call}; call the function on the whole batch"
             )
         args, kwargs = _detached(args, kwargs, used)
+        if self.capture.local:
+            args, kwargs = replaced(args, self._cut), replaced(kwargs, self._cut)
         output = func(*args, **kwargs)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return _UNFIT
@@ -364,6 +386,39 @@ class Forward(TorchFunctionMode):
         # Bias alone needs nothing of the forward.
         saved = [] if roles.keys() == {"bias"} else [t.detach() for t in binding.saved]
         return TapFunction.apply(output, self.token, tap, saved, binding.inplace, binding.view)
+
+    # Layers of a local scope: each ends where the next call with parameters begins
+
+    def _cut(self, t: Tensor) -> Tensor:
+        """Return a tensor that a layer takes, without the graph of the layers before it, whose output it is."""
+        if not t.requires_grad or not t.is_floating_point() or isinstance(t, nn.Parameter):
+            return t
+        if id(t) not in self._cuts:
+            if t.dim() == 0:
+                raise CaptureError("layers must return one row for each sample in scope='local', got a scalar")
+            wide = t.to(torch.promote_types(t.dtype, torch.float32))
+            self._layer_norms.append(wide.square().flatten(1).sum(1) if t.dim() > 1 else wide.square())
+            self._cuts[id(t)] = (t, t.detach())
+        return self._cuts[id(t)][1]
+
+    def _beyond_cut(self, t: Tensor) -> Tensor:
+        """Return what other calls see of a layer's output, such as those of a skip connection."""
+        cut = self._cuts.get(id(t))
+        return t if cut is None else cut[1]
+
+    def _with_layers(self, values: Tensor) -> Tensor:
+        """Return objectives + Σ over layers ‖output‖², by sample [N]."""
+        if self.recomputes:
+            raise CaptureError("activation checkpoints must be off in scope='local', got one; layers are cut there")
+        for norms in self._layer_norms:
+            if len(norms) % len(values):
+                raise CaptureError(
+                    "layers must have the samples first in scope='local', got an output whose first axis has "
+                    f"{len(norms)} entries for {len(values)} samples"
+                )
+            values = values + norms.unflatten(0, (len(values), -1)).sum(1)
+        self.capture.local_values = values.detach()
+        return values
 
     # What the graph says
 
@@ -401,7 +456,7 @@ class Forward(TorchFunctionMode):
                 reason = "written in place into a tensor that holds data"
             else:
                 reason = f"used by {node} of the graph, behind no call that could be followed there"
-            self.give_up(self.capture.whole[name], reason)
+            self.give_up(self.capture.whole[name], reason, seen=False)
 
     def _turn_selections(self, name: str) -> bool:
         """Take what was picked from a parameter for data instead: ids may have looked as if all samples shared them."""

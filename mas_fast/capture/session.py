@@ -58,6 +58,8 @@ class Capture:
         unsupported: "loop" takes one backward per sample for what no rule covers; "raise" lists it in a CaptureError.
         model: Where errors look for the names of layers, and the search for data for what is none.
         memory_budget: Bytes that gradients of single samples may take where they have to be formed.
+        local: Each layer's gradient is that of ‖its own output‖², cut off from all others; where no call shows where a
+            layer begins that is an error.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Capture:
         unsupported: str = "loop",
         model: nn.Module | None = None,
         memory_budget: int = MEMORY_BUDGET,
+        local: bool = False,
     ) -> None:
         if unsupported not in ("loop", "raise"):
             raise ValueError(f"unsupported must be 'loop' or 'raise', got {unsupported!r}")
@@ -76,6 +79,8 @@ class Capture:
         self.square = square
         self.dtype = dtype
         self.unsupported = unsupported
+        self.local = local
+        self.local_values = torch.empty(0)  # objective + layers' of the last forward of a local scope, [N]
         self.model = model
         self.memory_budget = memory_budget
         self.num_samples = 0
@@ -85,6 +90,7 @@ class Capture:
             self.sums[name] = torch.zeros(parameter.shape, dtype=wide, device=parameter.device)
         self.whole = {name: track(name, p, self.sums[name]) for name, p in self.parameters.items()}
         self.fallback: dict[str, str] = {}  # name -> why it goes through the loop
+        self.hidden: set[str] = set()  # of these, names whose calls show other tensors than the parameter itself
         self.rules: dict[str, str] = {}  # name -> rules that served it
         self.uses: dict[str, int] = dict.fromkeys(self.parameters, 0)
         self.joint: set[str] = set()  # names whose gradients are summed over several uses before |·|
@@ -124,13 +130,22 @@ class Capture:
         with torch.inference_mode(False), torch.enable_grad(), uncompiled():
             while pending:
                 samples, pending = self._run(objectives, pending)
-        if self.fallback and self.unsupported == "raise":
+        if self.fallback and (self.unsupported == "raise" or (self.local and self.hidden)):
             raise CaptureError(self._list_fallback())
         self._batches += 1
         self.check_finite(thoroughly=self._batches % _CHECKED_EVERY == 0)
         self.broken = False
         self.num_samples += samples
         return samples
+
+    def values_of(self, objectives: Callable[[], Tensor]) -> Tensor:
+        """Return the objectives [N] of a batch, of a local scope with those of all layers, and add nothing."""
+        with torch.inference_mode(False), torch.enable_grad(), uncompiled():
+            forward = Forward(self)
+            try:
+                return forward.run(objectives).detach()
+            finally:
+                forward.end()
 
     def _run(self, objectives: Callable[[], Tensor], pending: set[str]) -> tuple[int, set[str]]:
         """Run forward and backward once; return N and what is still to be added. The graph is gone when it returns."""
