@@ -56,17 +56,35 @@ def run_fine_tuning(tasks: Sequence[Task], settings: Settings, seed: int, advanc
     return run
 
 
-def run_mas(tasks: Sequence[Task], settings: Settings, seed: int, advance: Advance, **state: Any) -> Run:
+def run_mas(
+    tasks: Sequence[Task],
+    settings: Settings,
+    seed: int,
+    advance: Advance,
+    *,
+    batch_size: int = IMPORTANCE_BATCH_SIZE,
+    per: str = "sample",
+    implicit: bool = False,
+    **state: Any,
+) -> Run:
     """Train as fine-tuning does, from the same weights and on the same batches, with the penalty in each step.
 
-    `state` says how Ω and θ* are kept: `omega_dtype` and `anchor_dtype` of `MAS`.
+    Args:
+        tasks: In the order in which they are learned.
+        settings: Of the training.
+        seed: Of weights and batches.
+        advance: Is told of every task that has been trained.
+        batch_size: Of the estimate of Ω.
+        per: As in `estimate_importance`.
+        implicit: Apply the penalty as a proximal step, which is stable for any λ.
+        **state: How Ω and θ* are kept: `omega_dtype` and `anchor_dtype` of `MAS`.
     """
     run, generator = _start(tasks, seed)
     mas = mas_fast.MAS(run.network, lam=settings.lam, merge="sum", **state)
     for index, task in enumerate(tasks):
-        _train(run.network, tasks, [index], settings, generator, mas if index else None)
-        unlabelled = task.train_images.split(IMPORTANCE_BATCH_SIZE)
-        run.importance.append(mas.consolidate(unlabelled, **estimate_options(index)))
+        _train(run.network, tasks, [index], settings, generator, mas if index else None, implicit)
+        unlabelled = task.train_images.split(batch_size)
+        run.importance.append(mas.consolidate(unlabelled, per=per, **estimate_options(index)))
         run.accuracy.append(_accuracies(run.network, tasks[: index + 1]))
         advance(1)
     run.omega = dict(mas.omega)
@@ -134,9 +152,14 @@ def _train(
     settings: Settings,
     generator: torch.Generator,
     mas: mas_fast.MAS | None = None,
+    implicit: bool = False,
 ) -> None:
     """Train on the tasks named by ``indices`` together: each step takes a batch of every one and sums their losses."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=settings.lr)
+    optimizer: torch.optim.Optimizer
+    if mas is not None and implicit:
+        optimizer = mas_fast.optim.SGD(network.parameters(), lr=settings.lr, mas=mas, implicit=True)
+    else:
+        optimizer = torch.optim.SGD(network.parameters(), lr=settings.lr)
     shortest = min(len(tasks[index].train_images) for index in indices)
     for _ in range(settings.epochs):
         orders = [torch.randperm(len(tasks[index].train_images), generator=generator) for index in indices]
@@ -152,7 +175,7 @@ def _train(
                 raise DivergenceError(f"the loss must stay finite, got {loss.item()} with {settings}")
             optimizer.zero_grad()
             loss.backward()
-            if mas is not None:
+            if mas is not None and not implicit:
                 mas.add_penalty_grad_()
             optimizer.step()
 

@@ -1,0 +1,1 @@
+"""Continual learning on real data: experiments, each one command with several seeds."""

@@ -1,0 +1,67 @@
+"""Experiments on continual learning: a killed one goes on, and what is concluded follows from the rows."""
+
+import json
+from functools import partial
+
+import pytest
+
+from benchmarks.continual import batch_size
+from benchmarks.continual.seeds import run_seeds
+
+
+def test_a_killed_run_goes_on_from_the_seeds_that_are_done(tmp_path):
+    done = []
+
+    def run(seed):
+        if seed == 2:
+            raise KeyboardInterrupt
+        done.append(seed)
+        return {"value": 10 * seed}
+
+    with pytest.raises(KeyboardInterrupt):
+        run_seeds(tmp_path, "any", {"a": 1}, [0, 1, 2], run)
+    results = run_seeds(tmp_path, "any", {"a": 1}, [0, 1], run)
+    assert done == [0, 1]
+    assert [result["value"] for result in results] == [0, 10]
+    run_seeds(tmp_path, "any", {"a": 2}, [0], run)
+    assert done == [0, 1, 0]  # other settings
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["any-seed-0.json", "any-seed-1.json"]
+
+
+def test_best_lam_is_that_of_the_highest_mean():
+    settings = {"sizes": [1, 8], "lams": [0.1, 1.0]}
+
+    def result(seed, shift):
+        rows = [
+            {"per": per, "size": size, "lam": lam, "accuracy": accuracy + shift, "forgetting": 0.0}
+            for per, size, lam, accuracy in (
+                [("sample", size, lam, 0.9 - lam / 10) for size in (1, 8) for lam in (0.1, 1.0)]
+                + [("batch", 1, lam, 0.9 - lam / 10) for lam in (0.1, 1.0)]
+                + [("batch", 8, lam, 0.8 + lam / 10) for lam in (0.1, 1.0)]
+            )
+        ]
+        layers = [{"layer": "w", "size": size, "ratio": 1 / size, "correlation": 0.5} for size in (1, 8)]
+        return {"seed": seed, "settings": settings, "sweep": rows, "scales": layers}
+
+    summary = batch_size.summarise([result(0, 0.0), result(1, 0.01)])
+    assert batch_size.best_lams(summary, "sample") == [0.1, 0.1]
+    assert batch_size.best_lams(summary, "batch") == [0.1, 1.0]
+    assert summary["layers"]["w"]["8"] == {"ratio": 0.125, "correlation": 0.5}
+    point = summary["curves"][0]["points"][0]["accuracy"]
+    assert point["mean"] == pytest.approx(0.895) and point["standard_error"] == pytest.approx(0.005)
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(batch_size, "SMALL", {"seeds": [7], "sizes": [1, 256], "lams": [0.1]})
+    monkeypatch.setattr(batch_size, "Settings", partial(batch_size.Settings, epochs=3))
+    assert batch_size.main(["--out", str(tmp_path), "--small"]) == 0
+    summary = json.loads((tmp_path / "batch_size.json").read_text())
+    assert summary["seeds"] == [7]
+    assert (tmp_path / "batch_size.png").stat().st_size > 10_000
+    for layer, found in summary["layers"].items():
+        # Batches of one are the paper's; larger ones lose what cancels.
+        assert found["1"]["ratio"] == pytest.approx(1, abs=1e-4), layer
+        assert found["256"]["ratio"] < 1
+    exact = [c["points"][0]["accuracy"]["mean"] for c in summary["curves"] if c["per"] == "sample"]
+    assert exact[0] == pytest.approx(exact[1], abs=0.02)  # the same Ω up to rounding
+    assert "best λ by batch size" in capsys.readouterr().out
