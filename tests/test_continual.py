@@ -1,12 +1,17 @@
 """Experiments on continual learning: a killed one goes on, and what is concluded follows from the rows."""
 
 import json
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from benchmarks.continual import batch_size
-from benchmarks.continual.seeds import run_seeds
+# Last, so that mas_fast is the installed one.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.continual import batch_size  # noqa: E402
+from benchmarks.continual.seeds import run_seeds  # noqa: E402
 
 
 def test_a_killed_run_goes_on_from_the_seeds_that_are_done(tmp_path):
