@@ -61,7 +61,8 @@ def estimate_importance(
         statistic: "abs" for Ω of MAS; "square" for Σ g²/N, the exact diagonal empirical Fisher of the objective.
         scope: "global": of the model's output. "local" (l-MAS, without a backward through the model): of each layer's
             own output, ‖F_l(y)‖², where a layer ends at the next call with parameters; for ReLU layers 2·y_i·y_j. Skip
-            connections are cut there, too. Layers must have the samples first, and no call may hide where one begins.
+            connections are cut there, too. Layers must have the samples first, which those around nn.MultiheadAttention
+            have not, and no call may hide where one begins: else a CaptureError says so.
         per: "sample", the paper's formula. "batch" takes |·| of the mean gradient of each batch, and the mean over
             batches, each of equal weight: what most public code computes. It is another quantity, smaller and dependent
             on the batches, and is here to be compared with; the name of the objective says so, and the two do not
@@ -498,7 +499,13 @@ def _check_layers(session: Session, batch: Any, run: Callable[[nn.Module, Any], 
             # Twice, for models that drop the axis of one.
             part = tree_map_only(Tensor, lambda t, sample=sample: t[[sample, sample]], batch)  # type: ignore[misc]
             alone[sample] = session.values_of(partial(_objectives, session.model, part, run, objective))[0]
-    _compare(together, alone, watched.eps)
+    try:
+        _compare(together, alone, watched.eps)
+    except CaptureError as error:
+        raise CaptureError(
+            "layers must have the samples first in scope='local', and no two samples influence each other, got what "
+            "differs for a sample alone, as with positions first or in nn.MultiheadAttention; use batches of one sample"
+        ) from error
 
 
 def _compare(together: Tensor, alone: Mapping[int, Tensor], eps: float) -> None:
