@@ -4,6 +4,8 @@ PYTHON ?= python3
 # auto: compile the kernels for whose compilers are there; cpu, cuda: insist on them; python: do not compile.
 MAS_FAST_BUILD ?= auto
 PYTEST_ARGS ?=
+# Tests run in a process for each core, up to four: each imports torch and transformers.
+PYTEST := OMP_NUM_THREADS=1 $(abspath .venv/bin)/pytest -p no:benchmark -n auto --maxprocesses 4
 DEMO_ARGS ?= --out demo_results
 BENCH_ARGS ?= --out benchmarks/results
 
@@ -56,7 +58,7 @@ test: test-installed test-python-only
 
 test-installed: $(INSTALLED)
 	@echo "== tests of the package as installed (MAS_FAST_BUILD=$(MAS_FAST_BUILD))"
-	MAS_FAST_TEST_BUILD=$(MAS_FAST_BUILD) $(BIN)/pytest $(PYTEST_ARGS)
+	MAS_FAST_TEST_BUILD=$(MAS_FAST_BUILD) $(PYTEST) $(PYTEST_ARGS)
 
 # A wheel as a machine without a compiler gets it. Tests run outside of the tree, so that they import the wheel.
 test-python-only: $(INSTALLED)
@@ -67,7 +69,7 @@ test-python-only: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(PYTHON_ONLY)/site $(PYTHON_ONLY)/*.whl
 	cd $(PYTHON_ONLY) && MAS_FAST_TEST_BUILD=python MAS_FAST_TEST_SITE=$(PYTHON_ONLY)/site \
 	  PYTHONPATH=$(PYTHON_ONLY)/site PYTHONSAFEPATH=1 \
-	  $(BIN)/pytest --config-file $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests $(PYTEST_ARGS)
+	  $(PYTEST) --config-file $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)

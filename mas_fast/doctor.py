@@ -64,7 +64,7 @@ def first_call_lines(device: torch.device) -> list[str]:
     lines = ["first call on the GPU, which compiles or finds in Triton's cache, and the next:"]
     for name, call in calls.items():
         first, second = (time_ms(call, device) for _ in range(2))
-        lines.append(f"  {name.ljust(22)}  {first:8.1f} ms  {second:8.3f} ms")
+        lines.append(f"  {name.ljust(22)}  {first:9.3f} ms  {second:8.3f} ms")
     return lines
 
 
