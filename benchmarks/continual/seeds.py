@@ -5,13 +5,42 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where an experiment keeps its seeds, and which it runs.
+
+    Attributes:
+        folder: Of the results.
+        name: Of the experiment.
+        seeds: Of the runs that are reported.
+        choice_seeds: Of those by which strengths are chosen; others.
+        small: Whether fewer problems and strengths are run.
+        settings: All that every run depends on; as JSON.
+    """
+
+    folder: Path
+    name: str
+    seeds: tuple[int, ...]
+    choice_seeds: tuple[int, ...]
+    small: bool
+    settings: Mapping[str, Any]
+
+    def run(
+        self, part: str, seeds: Iterable[int], run: Callable[[int], Result], settings: Mapping[str, Any]
+    ) -> list[Result]:
+        """Return what `run` gives for each seed, of a part of the experiment with settings of its own."""
+        every = json.loads(json.dumps({**self.settings, "small": self.small, **settings}))
+        return run_seeds(self.folder, f"{self.name}-{part}" if part else self.name, every, seeds, run)
 
 
 def run_seeds(
