@@ -52,7 +52,7 @@ def test_best_lam_is_that_of_the_highest_mean():
     assert batch_size.best_lams(summary, "sample") == [0.1, 0.1]
     assert batch_size.best_lams(summary, "batch") == [0.1, 1.0]
     assert summary["layers"]["w"]["8"] == {"ratio": 0.125, "correlation": 0.5}
-    point = summary["curves"][0]["points"][0]["accuracy"]
+    point = summary["sweep"][0]["points"][0]["accuracy"]
     assert point["mean"] == pytest.approx(0.895) and point["standard_error"] == pytest.approx(0.005)
 
 
@@ -67,6 +67,6 @@ def test_command(tmp_path, monkeypatch, capsys):
         # Batches of one are the paper's; larger ones lose what cancels.
         assert found["1"]["ratio"] == pytest.approx(1, abs=1e-4), layer
         assert found["256"]["ratio"] < 1
-    exact = [c["points"][0]["accuracy"]["mean"] for c in summary["curves"] if c["per"] == "sample"]
+    exact = [c["points"][0]["accuracy"]["mean"] for c in summary["sweep"] if c["per"] == "sample"]
     assert exact[0] == pytest.approx(exact[1], abs=0.02)  # the same Ω up to rounding
     assert "best λ by batch size" in capsys.readouterr().out

@@ -42,7 +42,8 @@ def choose(place: Workplace, problems: Problems, names: Sequence[str]) -> dict[s
             if grid(name)
         }
 
-    seeds = place.run("choice", place.choice_seeds, scores, {"methods": list(names), "problems": list(problems)})
+    grids = {name: grid(name) for name in names}
+    seeds = place.run("choice", place.choice_seeds, scores, {"strengths": grids, "problems": list(problems)})
     chosen = {}
     for name in names:
         if grid(name):
@@ -97,7 +98,7 @@ def summarise(problems: Problems, matrices: Mapping[str, Mapping[str, list[list[
                 [dropped(own) for own in seeds] if sequential else None,
                 *([own[-1][j] for own in seeds] for j in range(len(tasks))),
             ]
-            if sequential:
+            if sequential and len(tasks) > 2:
                 shown.append(matrix(f"{name}: {method}", tasks, seeds))
         tables.append(table(name, ["average accuracy", "forgetting", *(f"{t} at the end" for t in tasks)], rows))
         if len(tasks) > 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ def _left_digits() -> list[int]:
 
 def _of_left(lefts: Sequence[int]) -> list[int]:
     return [index for index, fact in enumerate(FACTS) if fact.left in lefts]
+
+
+def _of_relation(relation: str) -> list[int]:
+    return [index for index, fact in enumerate(FACTS) if list(RELATIONS)[fact.relation] == relation]
 
 
 def _name(lefts: Sequence[int]) -> str:
@@ -101,58 +105,58 @@ def fact_sequence(place: Workplace) -> Json:
 
 
 def fact_subsets(place: Workplace) -> Json:
-    """Learn Ω on either of two subsets of the first task: what each protects; the paper's table 4 in shape.
-
-    The subsets are the facts of two of the first task's left digits, and of two others.
-    """
-    order = _left_digits()
-    subsets = {"A": order[:2], "B": order[2:4]}
+    """Learn Ω on either of two subsets of the first task: what each protects; the paper's table 4 in shape."""
+    lefts = _left_digits()
+    # What tells the subsets apart: where the digits stand, or which digit is on the left.
+    partitions = {
+        "by relation": {"above": _of_relation("above"), "below": _of_relation("below")},
+        "by left digit": {_name(part): _of_left(part) for part in (lefts[:2], lefts[2:4])},
+    }
     strength = choose(place, {"halves": halves(place, validation=True)["halves by left digit"]}, ["MAS"])
+    lam = strength["MAS"]["strength"]
     problem = halves(place, validation=False)["halves by left digit"]
     first, second = problem.tasks
 
-    def rows(subset: str, targets: Tensor) -> Tensor:
-        lefts = torch.tensor([fact.left for fact in FACTS])[targets]
-        return torch.isin(lefts, torch.tensor(subsets[subset]))
+    def after_both(learner: FineTuning, subsets: Mapping[str, list[int]]) -> list[float]:
+        learner.learn(0)
+        learner.learn(1)
+        rows = [torch.isin(first.test_targets, torch.tensor(own)) for own in subsets.values()]
+        return [*(_accuracy_on(learner, 0, first, own) for own in rows), *learner.accuracies([1])]
 
-    def images(kind: str) -> Callable[[int], Tensor]:
-        return lambda index: first.train[rows(kind, first.train_targets)] if kind in subsets else first.train
-
-    kinds = {"fine-tuning": None, "Ω of A": "A", "Ω of B": "B", "Ω of the whole task": "all"}
+    def begin(subset: list[int], seed: int) -> FineTuning:
+        images = first.train[torch.isin(first.train_targets, torch.tensor(subset))]
+        return ExactMAS(problem, seed, lam, lambda index: images)
 
     def one(seed: int) -> Json:
-        found: Json = {}
-        for name, kind in kinds.items():
-            learner: FineTuning
-            if kind is None:
-                learner = FineTuning(problem, seed)
-            else:
-                learner = ExactMAS(problem, seed, strength["MAS"]["strength"], images(kind))
-            learner.learn(0)
-            before = [_accuracy_on(learner, 0, first, rows(subset, first.test_targets)) for subset in subsets]
-            learner.learn(1)
-            after = [_accuracy_on(learner, 0, first, rows(subset, first.test_targets)) for subset in subsets]
-            found[name] = [*before, *after, learner.accuracies([1])[0]]
-        return found
+        return {
+            name: {f"Ω of {subset}": after_both(begin(own, seed), subsets) for subset, own in subsets.items()}
+            | {
+                "Ω of the whole task": after_both(ExactMAS(problem, seed, lam), subsets),
+                "fine-tuning": after_both(FineTuning(problem, seed), subsets),
+            }
+            for name, subsets in partitions.items()
+        }
 
-    results = place.run("", place.seeds, one, {"chosen": strength, "subsets": subsets})
-    values = {name: [list(own) for own in zip(*(r[name] for r in results), strict=True)] for name in kinds}
-    columns = ["A before", "B before", "A at the end", "B at the end", f"{second.name} at the end"]
-
-    def gain(column: int, better: str, worse: str) -> list[float]:
-        return [a - b for a, b in zip(values[better][column], values[worse][column], strict=True)]
-
-    named = {key: _name(lefts) for key, lefts in subsets.items()}
+    results = place.run("", place.seeds, one, {"chosen": strength, "partitions": partitions})
+    tables, claims = [], []
+    for name, subsets in partitions.items():
+        methods = results[0][name]
+        values = {
+            method: [list(own) for own in zip(*(r[name][method] for r in results), strict=True)] for method in methods
+        }
+        columns = [*(f"{subset} at the end" for subset in subsets), f"{second.name} at the end"]
+        tables.append(table(f"subsets {name}", columns, values))
+        a, b = subsets
+        for column, (own, other) in enumerate(((a, b), (b, a))):
+            kept = values[f"Ω of {own}"][column]
+            for against in (f"Ω of {other}", "fine-tuning"):
+                differences = [x - y for x, y in zip(kept, values[against][column], strict=True)]
+                claims.append(claim(f"{name}: Ω of “{own}” keeps it better than {against}", differences))
     return {
-        "title": f"Ω of a part of the first task. A: {named['A']}; B: {named['B']}",
+        "title": "Ω of a part of the first task: what it keeps",
         "chosen": strength,
-        "tables": [table("Accuracy on the two parts", columns, values)],  # type: ignore[arg-type]
-        "claims": [
-            claim("Ω of A keeps A better than Ω of B does", gain(2, "Ω of A", "Ω of B")),
-            claim("Ω of B keeps B better than Ω of A does", gain(3, "Ω of B", "Ω of A")),
-            claim("Ω of A keeps A better than fine-tuning", gain(2, "Ω of A", "fine-tuning")),
-            claim("Ω of B keeps B better than fine-tuning", gain(3, "Ω of B", "fine-tuning")),
-        ],
+        "tables": tables,
+        "claims": claims,
     }
 
 

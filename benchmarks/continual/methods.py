@@ -211,6 +211,8 @@ class Quadratic(FineTuning):
 class ExactMAS(Quadratic):
     """Memory Aware Synapses: Ω = mean of |∂‖F‖²/∂θ| over samples."""
 
+    strengths = tuple(10.0**exponent for exponent in range(-2, 6))
+
     def importance(self, index: int) -> Importance:
         """Return the exact Ω."""
         return self.estimate(index)
@@ -218,6 +220,8 @@ class ExactMAS(Quadratic):
 
 class LocalMAS(Quadratic):
     """l-MAS: Ω of each layer from its own output."""
+
+    strengths = ExactMAS.strengths
 
     def importance(self, index: int) -> Importance:
         """Return the local Ω."""
