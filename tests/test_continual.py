@@ -10,7 +10,9 @@ import pytest
 # Last, so that mas_fast is the installed one.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.continual import batch_size  # noqa: E402
+from benchmarks.continual import __main__ as command  # noqa: E402
+from benchmarks.continual import batch_size, fact_learning, methods, recognition  # noqa: E402
+from benchmarks.continual.problem import Training  # noqa: E402
 from benchmarks.continual.seeds import run_seeds  # noqa: E402
 
 
@@ -70,3 +72,81 @@ def test_command(tmp_path, monkeypatch, capsys):
     exact = [c["points"][0]["accuracy"]["mean"] for c in summary["sweep"] if c["per"] == "sample"]
     assert exact[0] == pytest.approx(exact[1], abs=0.02)  # the same Ω up to rounding
     assert "best λ by batch size" in capsys.readouterr().out
+    assert [c["verdict"] for c in summary["claims"]][0] == "holds"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few methods and strengths, and one epoch."""
+    few = {name: methods.METHODS[name] for name in ("fine-tuning", "EWC", "MAS", "l-MAS", "joint")}
+    training = Training(lr=0.05, epochs=1, batch_size=64)
+    for module in (recognition, fact_learning):
+        monkeypatch.setattr(module, "METHODS", few)
+        monkeypatch.setattr(module, "TRAINING", training)
+    monkeypatch.setattr(fact_learning, "SMALL_TRAINING", training)
+    for method in few.values():
+        if method.strengths:
+            monkeypatch.setattr(method, "strengths", (0.0, 0.1, 1.0))  # of which the small setting takes the second
+    monkeypatch.setattr(fact_learning.Retrieval, "fisher_stride", 200)
+
+
+EXPERIMENTS = {
+    "pairs": ["0–4 → 5–9", "5–9 → 0–4"],
+    "omega_data": ["0–4 → 5–9", "5–9 → 0–4"],
+    "sequence": ["8 tasks in a row"],
+    "facts": ["halves by left digit", "halves of all facts"],
+    "fact_subsets": ["subsets by relation", "subsets by left digit"],
+    "fact_sequence": ["four disjoint tasks"],
+    "fact_adaptation": [
+        "Accuracy on facts of “above” after the last task",
+        "Accuracy on all other facts after the last task",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment(name, tmp_path, quick, capsys, monkeypatch):
+    assert command.main([name, "--out", str(tmp_path), "--small", "--seeds", "1", "2"]) == 0
+    summary = json.loads((tmp_path / f"{name}.json").read_text())
+    assert [table["title"] for table in summary["tables"]] == EXPERIMENTS[name]
+    assert summary["seeds"] == [1, 2] and summary["small"]
+    assert all(found["strength"] == 0.1 for found in summary["chosen"].values())
+    for table in summary["tables"]:
+        for row in table["rows"]:
+            assert len(row["cells"]) == len(table["columns"])
+            assert all(cell is None or -100 <= cell["mean"] <= 100 for cell in row["cells"])
+    assert summary["claims"] and all(found["verdict"] for found in summary["claims"])
+    assert summary["title"] in capsys.readouterr().out
+
+    # All seeds are kept: nothing is learned again.
+    def fail(*arguments):
+        raise AssertionError("a seed was run again")
+
+    monkeypatch.setattr(methods.FineTuning, "learn", fail)
+    monkeypatch.setattr(recognition, "omega_by_class", lambda problem, seed: [])
+    assert command.main([name, "--out", str(tmp_path), "--small", "--seeds", "1", "2"]) == 0
+
+
+def test_omega_follows_the_images_that_it_is_given(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(recognition, "TRAINING", Training(lr=0.05, epochs=4, batch_size=16))
+    assert command.main(["omega_data", "--out", str(tmp_path), "--small", "--seeds", "1"]) == 0
+    (table, _) = json.loads((tmp_path / "omega_data.json").read_text())["tables"]
+    means = {row["name"]: [cell["mean"] for cell in row["cells"]] for row in table["rows"]}
+    assert len(means) == 3
+    assert len({tuple(own) for own in means.values()}) > 1
+
+
+def test_all_runs_every_experiment(tmp_path, monkeypatch, capsys):
+    called = []
+
+    def run(arguments, stdout, **options):
+        called.append(arguments[3:])
+        stdout.write("seen\n")
+        return type("Done", (), {"returncode": int("facts" in arguments)})
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    assert command.main(["all", "--out", str(tmp_path), "--small"]) == 1  # one of them failed
+    assert sorted(own[0] for own in called) == sorted([*EXPERIMENTS, "batch_size"])
+    assert all(own[1:] == ["--out", str(tmp_path), "--small"] for own in called)
+    assert (tmp_path / "pairs.log").read_text() == "seen\n"
+    assert "facts: exit 1" in capsys.readouterr().out
