@@ -91,10 +91,10 @@ def quick(monkeypatch):
 
 
 EXPERIMENTS = {
-    "pairs": ["0–4 → 5–9", "5–9 → 0–4"],
-    "omega_data": ["0–4 → 5–9", "5–9 → 0–4"],
+    "pairs": ["mean over all", "0–4 → 5–9", "5–9 → 0–4"],
+    "omega_data": ["mean over all", "0–4 → 5–9", "5–9 → 0–4"],
     "sequence": ["8 tasks in a row"],
-    "facts": ["halves by left digit", "halves of all facts"],
+    "facts": ["mean over all", "halves by left digit", "halves of all facts"],
     "fact_subsets": ["subsets by relation", "subsets by left digit"],
     "fact_sequence": ["four disjoint tasks"],
     "fact_adaptation": [
@@ -130,7 +130,7 @@ def test_experiment(name, tmp_path, quick, capsys, monkeypatch):
 def test_omega_follows_the_images_that_it_is_given(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(recognition, "TRAINING", Training(lr=0.05, epochs=4, batch_size=16))
     assert command.main(["omega_data", "--out", str(tmp_path), "--small", "--seeds", "1"]) == 0
-    (table, _) = json.loads((tmp_path / "omega_data.json").read_text())["tables"]
+    (_, table, _) = json.loads((tmp_path / "omega_data.json").read_text())["tables"]
     means = {row["name"]: [cell["mean"] for cell in row["cells"]] for row in table["rows"]}
     assert len(means) == 3
     assert len({tuple(own) for own in means.values()}) > 1

@@ -106,10 +106,11 @@ def print_summary(summary: Json) -> None:
     """Print the tables and what became of the claims."""
     print(f"\n{summary['title']}; {len(summary['seeds'])} seeds, mean ± standard error, in %")
     for table in summary["tables"]:
-        print(f"\n{table['title']}")
-        print(" " * 28 + "".join(f"{column:>24}" for column in table["columns"]))
+        width = 2 + max(map(len, (*table["columns"], "100.0 ± 0.0")))
+        first = 2 + max(len(row["name"]) for row in table["rows"])
+        print(f"\n{table['title']}\n{'':{first}}" + "".join(f"{column:>{width}}" for column in table["columns"]))
         for row in table["rows"]:
-            print(f"{row['name']:28}" + "".join(f"{format_cell(cell):>24}" for cell in row["cells"]))
+            print(f"{row['name']:{first}}" + "".join(f"{format_cell(cell):>{width}}" for cell in row["cells"]))
     print()
     for found in summary["claims"]:
         bounds = found["interval_95_points"]

@@ -15,6 +15,7 @@ from mas_fast.demo.metrics import accuracy_along_sequence, average_accuracy
 Begin = Callable[[Problem, int], FineTuning]
 Contenders = Mapping[str, Begin]  # by name: how to begin on a problem with a seed
 Problems = Mapping[str, Problem]
+Matrices = Mapping[str, Mapping[str, list[list[list[float]]]]]  # by problem and method: of each seed
 UNIT = "MAS, λ = 1"
 
 
@@ -85,7 +86,7 @@ def run(
     }
 
 
-def summarise(problems: Problems, matrices: Mapping[str, Mapping[str, list[list[list[float]]]]]) -> Json:
+def summarise(problems: Problems, matrices: Matrices) -> Json:
     """Return tables, matrices and curves of the runs."""
     tables, shown, lines = [], [], []
     for name, problem in problems.items():
@@ -115,10 +116,21 @@ def summarise(problems: Problems, matrices: Mapping[str, Mapping[str, list[list[
             count = range(1, len(tasks) + 1)
             lines.append(curves(f"{name}: tasks seen so far", "tasks learned", "average accuracy, %", count, along))
             lines.append(curves(f"{name}: the first task", "tasks learned", "accuracy, %", count, first))
+    if len(problems) > 1:
+        tables.insert(0, _overall(matrices))
     return {"tables": tables, "matrices": shown, "curves": lines}
 
 
-def forgetting_claims(matrices: Mapping[str, Mapping[str, list[list[list[float]]]]]) -> list[Json]:
+def _overall(matrices: Matrices) -> Json:
+    rows: dict[str, list[list[float] | None]] = {}
+    for method, own in next(iter(matrices.values())).items():
+        accuracy = [[average_accuracy(seed) for seed in of[method]] for of in matrices.values()]
+        lost = [[dropped(seed) for seed in of[method]] for of in matrices.values()]
+        rows[method] = [over_problems(accuracy), over_problems(lost) if len(own[0]) > 1 else None]
+    return table("mean over all", ["average accuracy", "forgetting"], rows)
+
+
+def forgetting_claims(matrices: Matrices) -> list[Json]:
     """Return what the paper claims of forgetting, tested over the seeds; the mean over problems counts for a seed."""
     methods = [m for m in next(iter(matrices.values())) if m not in ("joint", UNIT)]
     lost = {m: over_problems([[dropped(own) for own in of[m]] for of in matrices.values()]) for m in methods}
