@@ -94,7 +94,7 @@ EXPERIMENTS = {
     "pairs": ["mean over all", "0–4 → 5–9", "5–9 → 0–4"],
     "omega_data": ["mean over all", "0–4 → 5–9", "5–9 → 0–4"],
     "sequence": ["8 tasks in a row"],
-    "facts": ["mean over all", "halves by left digit", "halves of all facts"],
+    "facts": ["halves by left digit", "halves of all facts"],
     "fact_subsets": ["subsets by relation", "subsets by left digit"],
     "fact_sequence": ["four disjoint tasks"],
     "fact_adaptation": [

@@ -116,12 +116,11 @@ def summarise(problems: Problems, matrices: Matrices) -> Json:
             count = range(1, len(tasks) + 1)
             lines.append(curves(f"{name}: tasks seen so far", "tasks learned", "average accuracy, %", count, along))
             lines.append(curves(f"{name}: the first task", "tasks learned", "accuracy, %", count, first))
-    if len(problems) > 1:
-        tables.insert(0, _overall(matrices))
     return {"tables": tables, "matrices": shown, "curves": lines}
 
 
-def _overall(matrices: Matrices) -> Json:
+def overall(matrices: Matrices) -> Json:
+    """Return a table of the means over all problems, for problems of one kind."""
     rows: dict[str, list[list[float] | None]] = {}
     for method, own in next(iter(matrices.values())).items():
         accuracy = [[average_accuracy(seed) for seed in of[method]] for of in matrices.values()]

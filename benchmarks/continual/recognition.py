@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mas_fast
-from benchmarks.continual.compare import Begin, choose, contenders, forgetting_claims, run, summarise
+from benchmarks.continual.compare import Begin, Matrices, choose, contenders, forgetting_claims, overall, run, summarise
 from benchmarks.continual.data import DataError, Images, Task, class_folders, digits, mnist, task_of
 from benchmarks.continual.methods import METHODS, OMEGA_BATCH, RECOMPUTED
 from benchmarks.continual.problem import Problem, Recognition, Training
@@ -71,6 +71,11 @@ def _few(pairings: dict[str, Recognition], place: Workplace) -> dict[str, Recogn
     return dict(list(pairings.items())[:2]) if place.small else pairings
 
 
+def _with_means(problems: dict[str, Recognition], matrices: Matrices) -> Json:
+    found = summarise(problems, matrices)
+    return {**found, "tables": [overall(matrices), *found["tables"]]}
+
+
 def pairs(place: Workplace, source: Source) -> Json:
     """Learn a second task with each method, in four pairings: the paper's table 1 in shape."""
     names = list(METHODS)
@@ -80,7 +85,7 @@ def pairs(place: Workplace, source: Source) -> Json:
     return {
         "title": f"Two tasks of object recognition ({source.name})",
         "chosen": chosen,
-        **summarise(problems, matrices),
+        **_with_means(problems, matrices),
         "heatmaps": omega_by_class(next(iter(problems.values())), place.seeds[0]),
         "claims": forgetting_claims(matrices),
     }
@@ -136,7 +141,7 @@ def omega_data(place: Workplace, source: Source) -> Json:
     return {
         "title": f"Ω from training images, from unlabelled test images, and from all ({source.name})",
         "chosen": chosen,
-        **summarise(problems, matrices),
+        **_with_means(problems, matrices),
         "claims": [
             claim(f"{method}: Ω from {what} is as good as from training images", gain(method, kind), margin=SAME)
             for method in names
