@@ -90,7 +90,51 @@ def state_line(rows: list[Row]) -> str:
     )
 
 
-def numbers(rows: list[Row], steps: list[Row], state: list[Row], demo: Row) -> str:
+# Experiment -> which of its tables, and what the README calls it.
+EXPERIMENTS = {
+    "pairs": ("mean over all", "two tasks of digits, four pairings"),
+    "sequence": ("8 tasks in a row", "eight tasks of digits in a row"),
+    "facts": ("halves by left digit", "facts as vectors, two tasks"),
+    "fact_sequence": ("four disjoint tasks", "facts as vectors, four tasks"),
+}
+
+
+def experiments_table(results: dict[str, Row]) -> list[str]:
+    """Return average accuracy and forgetting after the last task, by method and experiment."""
+    tables = {
+        name: next(own for own in results[name]["tables"] if own["title"] == title)
+        for name, (title, _) in EXPERIMENTS.items()
+    }
+    cells: dict[str, dict[str, str]] = {}
+    for name, table in tables.items():
+        for row in table["rows"]:
+            accuracy, forgetting = row["cells"][:2]
+            lost = "" if forgetting is None else f" ({forgetting['mean']:.1f})"
+            own = f"{accuracy['mean']:.1f} ± {accuracy['standard_error']:.1f}{lost}"
+            cells.setdefault(row["name"], {})[name] = own
+    titles = " | ".join(title for _, title in EXPERIMENTS.values())
+    lines = [f"| average accuracy (forgetting) at the end, % | {titles} |", "|---" * (len(EXPERIMENTS) + 1) + "|"]
+    return lines + [f"| {m} | {' | '.join(own.get(name, '–') for name in EXPERIMENTS)} |" for m, own in cells.items()]
+
+
+def verdicts_line(results: dict[str, Row]) -> str:
+    """Return how many of the claims hold, and those that do not."""
+    claims = [claim for result in results.values() for claim in result["claims"]]
+    counts = {verdict: sum(own["verdict"] == verdict for own in claims) for verdict in VERDICTS}
+    against = [
+        f"“{own['claim']}” ({result['title']})"
+        for result in results.values()
+        for own in result["claims"]
+        if own["verdict"] == "does not hold"
+    ]
+    listed = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    return f"Of {len(claims)} claims tested: {listed}." + (f" Against: {'; '.join(against)}." if against else "")
+
+
+VERDICTS = ("holds", "ties", "cannot be told", "does not hold")
+
+
+def numbers(rows: list[Row], steps: list[Row], state: list[Row], demo: Row, experiments: dict[str, Row]) -> str:
     """Return the text between README's markers."""
     row = next(row for row in rows if row["method"] == "mas_fast")
     machine, versions = row["machine"], row["versions"]
@@ -108,6 +152,12 @@ def numbers(rows: list[Row], steps: list[Row], state: list[Row], demo: Row) -> s
         state_line(state),
         "",
         f"The demo: {demo['conclusion']}",
+        "",
+        *experiments_table(experiments),
+        "",
+        f"{len(experiments['pairs']['seeds'])} seeds, mean ± standard error; strengths chosen on validation images. "
+        f"{verdicts_line(experiments)} [All results](benchmarks/results/continual), [their page]"
+        "(benchmarks/results/continual/report.html), [what was run](benchmarks/README.md).",
     ]
     return "\n".join(lines) + "\n"
 
@@ -121,9 +171,10 @@ def main(argv: list[str] | None = None) -> int:
         json.loads(path.read_text()) for kind in ("passes", "steps", "state") for path in RESULTS.glob(f"{kind}-*.json")
     )
     demo = json.loads((RESULTS / "demo.json").read_text())
+    experiments = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "continual").glob("*.json"))}
     readme = ROOT / "README.md"
     text = readme.read_text()
-    block = numbers(passes, steps, state, demo)
+    block = numbers(passes, steps, state, demo, experiments)
     written, count = BLOCK.subn(lambda found: found[1] + block + found[2], text)
     if count != 1:
         print("README.md must have one block of numbers between its markers", file=sys.stderr)
