@@ -279,12 +279,20 @@ def test_autotuning_measures_once_for_shapes_of_a_kind(tmp_path, monkeypatch):
     assert [path.name for path in file.parent.iterdir()] == ["tiles.json"]
 
 
-def test_autotuning_names_a_file_that_it_cannot_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", ['{"half', "[1, 2]", '{"any": "fast"}', '{"any": -1}', '{"any": 2}'])
+def test_autotuning_names_a_file_that_it_cannot_read(tmp_path, monkeypatch, content):
     monkeypatch.setattr(tuning, "_chosen", {})
     file = tmp_path / "tiles.json"
-    file.write_text('{"half')
+    file.write_text(content.replace("any", "any of [1, 2]"))
     with pytest.raises(RuntimeError, match=r"tiles\.json cannot be read .* delete it"):
         tuning.fastest("any", [1, 2], print, file, lambda call: 0.0)
+
+
+def test_autotuning_names_a_folder_that_it_cannot_write_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "_chosen", {})
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeError, match=r"tiles\.json cannot be written .* MAS_FAST_CACHE"):
+        tuning.fastest("any", [1, 2], print, tmp_path / "file" / "tiles.json", lambda call: 0.0)
 
 
 def test_autotuning_compares_what_is_chosen_without_it_first():

@@ -61,21 +61,28 @@ def fastest(
         # What others have found meanwhile is kept.
         known.update(_read(file) | {key: times.index(min(times))})
         _write(file, known)
+    if not 0 <= known[key] < len(candidates):
+        raise RuntimeError(
+            f"{file} cannot be read (choice {known[key]} for {key}); delete it, and tiles are measured anew"
+        )
     return candidates[known[key]]
 
 
 def _read(file: Path) -> dict[str, int]:
     try:
         found = json.loads(file.read_text())
-    except FileNotFoundError:
+        return {str(key): int(index) for key, index in found.items()}
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except ValueError as error:
-        raise RuntimeError(f"{file} cannot be read ({error}); delete it, and tiles are measured again") from error
-    return {str(key): int(index) for key, index in found.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RuntimeError(f"{file} cannot be read ({error}); delete it, and tiles are measured anew") from error
 
 
 def _write(file: Path, known: dict[str, int]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".new", delete=False) as new:
-        json.dump(known, new, indent=1)
-    os.replace(new.name, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".new", delete=False) as new:
+            json.dump(known, new, indent=1)
+        os.replace(new.name, file)
+    except OSError as error:
+        raise RuntimeError(f"{file} cannot be written ({error}); name another folder in MAS_FAST_CACHE") from error
