@@ -20,6 +20,7 @@ from mas_fast.reference import importance_loop
 SHORTEST_TIMING_S = 0.1
 # Two batches: what the first one establishes, the second one uses.
 NUM_ERROR_BATCHES = 2
+LONGEST_FAILURE = 200  # characters
 
 
 @dataclass
@@ -114,14 +115,16 @@ def prepare(name: str, workload: Workload, truth: Mapping[str, Tensor], toleranc
                 contender.fallbacks = {row.name: row.fallback for row in omega.coverage if row.fallback is not None}
             contender.time_pass_s()
             seconds.append(contender.time_pass_s())
-    except RuntimeError as failure:
+    except Exception as failure:
+        # Peers fail in many ways, of which the row tells.
         if method.is_ours:
             raise
-        contender.failure = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+        lines = str(failure).splitlines()
+        contender.failure = f"{type(failure).__name__}: {lines[0] if lines else ''}"[:LONGEST_FAILURE]
         return contender
     contender.options = method.options[seconds.index(min(seconds))]
     contender.passes = max(1, math.ceil(SHORTEST_TIMING_S / min(seconds)))
-    if contender.error is not None and contender.error > tolerance:
+    if method.is_exact and contender.error is not None and contender.error > tolerance:
         contender.failure = f"error {contender.error:.1e} is above {tolerance:.0e}"
     return contender
 

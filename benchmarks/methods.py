@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import mas_fast
+from benchmarks import peers
 from benchmarks.cases import Workload
 from mas_fast.reference import OBJECTIVES
 
@@ -76,12 +77,14 @@ class Method:
         run: Takes a workload and one of `options`; returns Ω, or None if it computes none.
         options: Keyword arguments to choose from; the fastest at warm-up is the one that is timed.
         sample_limit: Time this many samples of the first batch at most and scale to a batch; None times every batch.
+        is_exact: Whether an error above the tolerance is a failure; else it is shown, and the time too.
         is_ours: Whether an exception of `run` is a failure of the benchmark, and not a peer that cannot run the case.
     """
 
     run: Callable[..., Omega | None]
     options: tuple[dict[str, int], ...] = ({},)
     sample_limit: int | None = None
+    is_exact: bool = True
     is_ours: bool = False
 
     def timed_workload(self, workload: Workload) -> Workload:
@@ -89,10 +92,14 @@ class Method:
         return workload if self.sample_limit is None else workload.head(min(self.sample_limit, workload.batch_size))
 
 
+CHUNKS = tuple({"chunk": chunk} for chunk in (4, 8, 16, 64))
 UNIT = "batched_backward"
 METHODS: dict[str, Method] = {
     UNIT: Method(batched_backward, is_ours=True),
     "mas_fast": Method(mas_fast_pass, is_ours=True),
     "loop": Method(loop, sample_limit=8),
-    "vmap": Method(vmap, options=tuple({"chunk": chunk} for chunk in (4, 8, 16, 64)), sample_limit=64),
+    "vmap": Method(vmap, options=CHUNKS, sample_limit=64),
+    "opacus": Method(peers.opacus, options=CHUNKS, sample_limit=64),
+    "backpack": Method(peers.backpack, options=CHUNKS, sample_limit=64),
+    "batch_mode": Method(peers.batch_mode, is_exact=False),
 }
