@@ -1120,3 +1120,61 @@ def test_joined_gradients_stay_within_the_memory_budget(name):
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
     grown = float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
     assert grown <= 32 + 4 * 5
+
+
+class FadingNet(nn.Module):
+    """Samples that matter by ever smaller factors: what log-likelihoods of a converged classifier look like."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.axis = axis
+        self.conv = nn.Conv1d(2, 5, 3)
+        self.head = nn.Linear(5 * 6, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).flatten(1)
+        return self.head(x.unsqueeze(self.axis)).squeeze(self.axis)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("smallest", [1e-15, 1e-25, 1e-37])
+def test_samples_whose_gradients_all_but_vanish(axis, smallest):
+    torch.manual_seed(0)
+    # So many that each comes with many of the powers of two.
+    model, x = FadingNet(axis), torch.randn(99, 2, 8)
+    factors = torch.logspace(0, math.log10(smallest), 99)
+
+    def of(rows):
+        return lambda output: (output.square().sum(1) * factors[rows].to(output)).contiguous()
+
+    omega = estimate_importance(model, [x], objective=of(slice(None)), unsupported="raise")
+    for name, total in omega.items():
+        truth = 0
+        for row in range(99):
+            alone = copy.deepcopy(model).double()
+            of(slice(row, row + 1))(alone(x[row : row + 1].double())).sum().backward()
+            truth = truth + dict(alone.named_parameters())[name].grad.abs() / 99
+        torch.testing.assert_close(total.double(), truth, rtol=1e-5, atol=1e-7 * float(truth.max()))
+
+
+def test_a_leak_into_a_sample_that_all_but_vanishes_is_found():
+    class Leak(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden = nn.Linear(3, 4)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            hidden = torch.tanh(self.hidden(x))
+            return self.head(hidden + 1e-3 * hidden.roll(1, 0))
+
+    torch.manual_seed(0)
+    factors = torch.logspace(0, -25, 99)
+    with pytest.raises(CaptureError):
+        estimate_importance(
+            Leak(),
+            [torch.randn(99, 3)],
+            forward=lambda model, batch: model(batch),
+            objective=lambda output: output.square().sum(1) * factors,
+            unsupported="raise",
+        )

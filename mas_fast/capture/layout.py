@@ -147,12 +147,25 @@ def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float
         for order, w in expected.items():
             w = w.to(sums)
             excess = torch.addcmul(weighted.sums[axis], w, sums, value=-1).abs_().addcmul_(w, scales, value=-tolerance)
+            told = excess <= 0
+            if not bool(told.all()):
+                told |= _fades(w, scales, weighted.sums[axis], tolerance)
             # One weight alone is no evidence: two samples with different ones must have been told apart.
-            if bool((excess <= 0).all()) and w[scales > 0].unique().numel() > 1:
+            if bool(told.all()) and w[(scales > 0) & (excess <= 0)].unique().numel() > 1:
                 proved.append(Layout(axis, order))
     if proved:
         return proved
     return [layout for axis in plain.sums for layout in _owned_rows(axis, plain, weighted, weights, tolerance)]
+
+
+def _fades(w: Tensor, scales: Tensor, weighted: Tensor, tolerance: float) -> Tensor:
+    """Return which entries are too small for the proof, and too small to matter for Ω beside the largest.
+
+    Weighted, they are so near underflow that they are not scaled exactly. Where the others show how samples lie on the
+    axis, these lie there likewise: samples of which a classifier is sure have log-likelihoods without a gradient.
+    """
+    near_underflow = torch.finfo(scales.dtype).tiny * 2.0**40
+    return (w * scales <= near_underflow) & (weighted.abs() <= near_underflow) & (scales <= tolerance * scales.max())
 
 
 def _owned_rows(
