@@ -101,11 +101,11 @@ class FineTuning:
         """Train on tasks together: each step takes a batch of every one, and a share of its loss."""
         problem, training = self.problem, self.problem.training
         tasks = [problem.tasks[index] for index in indices]
-        optimizer = self.optimizer()
+        optimizer, batch_size = self.optimizer(), problem.batch_size(len(tasks))
         for _ in range(training.epochs):
             orders = [torch.randperm(len(task.train), generator=self.generator) for task in tasks]
-            for start in range(0, min(map(len, orders)), training.batch_size):
-                rows = [order[start : start + training.batch_size] for order in orders]
+            for start in range(0, min(map(len, orders)), batch_size):
+                rows = [order[start : start + batch_size] for order in orders]
                 images = torch.cat([task.train[own] for task, own in zip(tasks, rows, strict=True)])
                 features = self.network.features(images)
                 loss = self.extra_loss(features, rows[0]) + problem.share(len(tasks)) * sum(

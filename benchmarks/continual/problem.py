@@ -54,8 +54,12 @@ class Recognition:
         """Return the cross-entropy of logits [N, C] and labels [N]."""
         return F.cross_entropy(outputs, targets)
 
+    def batch_size(self, count: int) -> int:
+        """Return how many images of each of so many tasks a step takes: each task has a head of its own to train."""
+        return self.training.batch_size
+
     def share(self, count: int) -> float:
-        """Return by how much losses of tasks learned together count: each has a head of its own to train."""
+        """Return by how much the loss of each of so many tasks counts in a step."""
         return 1.0
 
     def distillation(self, outputs: Tensor, recorded: Tensor) -> Tensor:
@@ -107,8 +111,12 @@ class Retrieval:
         """Return the mean of ½‖F − v‖²: -log of a normal density of variance 1, but for a constant."""
         return (outputs - self.vectors[targets]).square().sum(1).mean() / 2
 
+    def batch_size(self, count: int) -> int:
+        """Return how many images of each of so many tasks a step takes: together a batch."""
+        return max(1, self.training.batch_size // count)
+
     def share(self, count: int) -> float:
-        """Return by how much losses of tasks learned together count: as one larger batch."""
+        """Return by how much the loss of each of so many tasks counts in a step."""
         return 1 / count
 
     def distillation(self, outputs: Tensor, recorded: Tensor) -> Tensor:
