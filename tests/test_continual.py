@@ -148,5 +148,33 @@ def test_all_runs_every_experiment(tmp_path, monkeypatch, capsys):
     assert command.main(["all", "--out", str(tmp_path), "--small"]) == 1  # one of them failed
     assert sorted(own[0] for own in called) == sorted([*EXPERIMENTS, "batch_size"])
     assert all(own[1:] == ["--out", str(tmp_path), "--small"] for own in called)
+    called.clear()
+    command.main(["all", "--out", str(tmp_path), "--seeds", "4", "5", "--mnist", "there"])
+    for own in called:
+        data = ["--mnist", "there"] if own[0] in command.RECOGNITION else []
+        assert own[1:] == ["--out", str(tmp_path), "--seeds", "4", "5", *data]
     assert (tmp_path / "pairs.log").read_text() == "seen\n"
     assert "facts: exit 1" in capsys.readouterr().out
+
+
+def test_bad_input_is_an_error(tmp_path, quick, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    assert command.main(["pairs", "--out", str(file)]) == 2
+    assert "must be a folder that can be written to" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["facts", "--out", str(tmp_path), "--mnist", str(tmp_path)])
+    assert "leave --mnist and --folders out" in capsys.readouterr().err
+    (tmp_path / "pairs-choice-seed-100.json").write_text('{"half')
+    assert command.main(["pairs", "--out", str(tmp_path), "--small"]) == 2
+    assert "pairs-choice-seed-100.json must be the result of a seed" in capsys.readouterr().err
+
+
+def test_an_interrupted_experiment_says_how_to_go_on(tmp_path, quick, capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(methods.FineTuning, "learn", interrupt)
+    assert command.main(["pairs", "--out", str(tmp_path), "--small"]) == 130
+    assert "goes on from there" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

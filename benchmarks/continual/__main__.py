@@ -26,9 +26,10 @@ from pathlib import Path
 from benchmarks.continual import batch_size, fact_learning, recognition
 from benchmarks.continual.data import DataError
 from benchmarks.continual.recognition import Source
-from benchmarks.continual.seeds import Workplace, write_json
+from benchmarks.continual.seeds import ResultError, Workplace, write_json
 from benchmarks.continual.summary import Json
 from benchmarks.provenance import describe_run
+from mas_fast.demo.files import OutputError, prepare_folder
 from mas_fast.demo.train import single_thread
 
 RECOGNITION: dict[str, Callable[[Workplace, Source], Json]] = {
@@ -65,21 +66,32 @@ def main(argv: list[str] | None = None) -> int:
         "--folders", type=Path, nargs="+", default=[], metavar="DIR", help="a task each: DIR/<class>/<image>"
     )
     arguments = parser.parse_args(argv)
-    given = sys.argv[1:] if argv is None else argv
-    if arguments.experiment == "all":
-        return run_all(arguments.out, [a for a in given if a != "all"])
-    if arguments.experiment == "batch_size":
-        seeds = ["--seeds", *map(str, arguments.seeds)] if arguments.seeds else []
-        return batch_size.main(["--out", str(arguments.out), *seeds, *["--small"] * arguments.small])
+    name = arguments.experiment
+    if (arguments.mnist or arguments.folders) and name not in (*RECOGNITION, "all"):
+        parser.error(f"{name} is on scikit-learn's digits: leave --mnist and --folders out")
     # Of course: the heads of the tasks to come.
     warnings.filterwarnings("ignore", message="no omega holds these parameters")
     try:
+        prepare_folder(arguments.out, ())
+        if name == "all":
+            return run_all(arguments)
+        if name == "batch_size":
+            return batch_size.main(["--out", str(arguments.out), *shared_options(arguments)])
         with single_thread():
             run_one(arguments)
-    except DataError as error:
+    except (DataError, OutputError, ResultError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: seeds that are done are kept, the same command goes on from there", file=sys.stderr)
+        return 130
     return 0
+
+
+def shared_options(arguments: argparse.Namespace) -> list[str]:
+    """Return the options that every experiment takes, as they were given."""
+    seeds = ["--seeds", *map(str, arguments.seeds)] if arguments.seeds else []
+    return [*seeds, *["--small"] * arguments.small]
 
 
 def run_one(arguments: argparse.Namespace) -> None:
@@ -126,12 +138,14 @@ def format_cell(cell: Json | None) -> str:
     return f"{cell['mean']:.1f}" + ("" if error is None else f" ± {error:.1f}")
 
 
-def run_all(folder: Path, options: list[str]) -> int:
+def run_all(arguments: argparse.Namespace) -> int:
     """Run every experiment in a process of its own, as many at a time as there are cores; logs stand beside results."""
-    folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
+    folder, start = arguments.out, time.perf_counter()
+    data = ["--mnist", str(arguments.mnist)] if arguments.mnist else []
+    data += ["--folders", *map(str, arguments.folders)] if arguments.folders else []
 
     def run(name: str) -> int:
+        options = ["--out", str(folder), *shared_options(arguments), *(data if name in RECOGNITION else [])]
         with (folder / f"{name}.log").open("w") as log:
             command = [sys.executable, "-m", "benchmarks.continual", name, *options]
             status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode

@@ -15,6 +15,10 @@ from tqdm.auto import tqdm
 Result = dict[str, Any]
 
 
+class ResultError(ValueError):
+    """A file of an earlier run cannot be used."""
+
+
 @dataclass(frozen=True)
 class Workplace:
     """Where an experiment keeps its seeds, and which it runs.
@@ -54,17 +58,30 @@ def run_seeds(
         settings: All that the result depends on but the seed; as JSON.
         seeds: Seeds.
         run: Runs one seed; its result must be JSON.
+
+    Raises:
+        ResultError: A seed's file is no JSON.
     """
     folder.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in tqdm(list(seeds), desc=name, unit="seed"):
         path = folder / f"{name}-seed-{seed}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept = _read(path) if path.exists() else {}
         if kept.get("settings") != settings:
             kept = {"settings": settings, "seed": seed, **run(seed)}
             write_json(path, kept)
         results.append(kept)
     return results
+
+
+def _read(path: Path) -> Result:
+    try:
+        kept = json.loads(path.read_text())
+    except ValueError as error:
+        raise ResultError(
+            f"{path} must be the result of a seed, got: {error}; delete it, and it is run again"
+        ) from error
+    return kept if isinstance(kept, dict) else {}
 
 
 def write_json(path: Path, content: Any) -> None:
