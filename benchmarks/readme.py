@@ -157,7 +157,7 @@ def numbers(rows: list[Row], steps: list[Row], state: list[Row], demo: Row, expe
         "",
         f"{len(experiments['pairs']['seeds'])} seeds, mean ± standard error; strengths chosen on validation images. "
         f"{verdicts_line(experiments)} [All results](benchmarks/results/continual), [their page]"
-        "(benchmarks/results/continual/report.html), [what was run](benchmarks/README.md).",
+        "(benchmarks/figures/continual/report.html), [what was run](benchmarks/README.md).",
     ]
     return "\n".join(lines) + "\n"
 

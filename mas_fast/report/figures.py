@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 Json = Mapping[str, Any]
 
 # Okabe and Ito's colours can be told apart by colour-blind readers; the same method has the same one in all figures.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D", "#A6761D", "#7F3C8D", "#11A579")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D", "#A6761D", "#7F3C8D", "#000000")
 KNOWN = ("MAS", "fine-tuning", "LwF", "EWC", "SI", "l-MAS", "joint", "IMM")
 MARKERS = "o^sDvP*X<>"
 # Largest over smallest value from which colours are logarithmic.
@@ -45,9 +45,8 @@ def _png(figure: Figure) -> bytes:
 
 def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     styles = {name: {"color": COLOURS[i], "marker": MARKERS[i]} for i, name in enumerate(KNOWN) if name in names}
-    others = cycle(range(len(COLOURS)))
-    for _ in KNOWN:
-        next(others)
+    # Other names get the colours that no known one has, or, among themselves, all in order.
+    others = cycle([*range(len(KNOWN), len(COLOURS)), *range(len(KNOWN))] if styles else range(len(COLOURS)))
     for name in names:
         if name not in styles:
             index = next(others)
@@ -100,7 +99,7 @@ def _draw_curves(curves: Sequence[Json]) -> Figure:
             axes.fill_between(x[: len(means)], low, high, color=style["color"], alpha=0.15, linewidth=0)
         if curve.get("log_x"):
             axes.set_xscale("log")
-        axes.set_xticks(x, [f"{value:g}" for value in x], minor=False)
+        axes.set_xticks(x, [f"{value:.3g}" for value in x], minor=False)
         axes.minorticks_off()
         axes.set(xlabel=curve["x_label"], ylabel=curve["y_label"])
         axes.set_title(curve["title"], fontsize=10)
