@@ -120,18 +120,18 @@ def experiments_table(results: dict[str, Row]) -> list[str]:
 def verdicts_line(results: dict[str, Row]) -> str:
     """Return how many of the claims hold, and those that do not."""
     claims = [claim for result in results.values() for claim in result["claims"]]
-    counts = {verdict: sum(own["verdict"] == verdict for own in claims) for verdict in VERDICTS}
+    counts = {words: sum(own["verdict"] == verdict for own in claims) for verdict, words in VERDICTS.items()}
     against = [
         f"“{own['claim']}” ({result['title']})"
         for result in results.values()
         for own in result["claims"]
         if own["verdict"] == "does not hold"
     ]
-    listed = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    listed = ", ".join(f"{count} {words}" for words, count in counts.items())
     return f"Of {len(claims)} claims tested: {listed}." + (f" Against: {'; '.join(against)}." if against else "")
 
 
-VERDICTS = ("holds", "ties", "cannot be told", "does not hold")
+VERDICTS = {"holds": "hold", "ties": "tie", "cannot be told": "cannot be told", "does not hold": "do not hold"}
 
 
 def numbers(rows: list[Row], steps: list[Row], state: list[Row], demo: Row, experiments: dict[str, Row]) -> str:
