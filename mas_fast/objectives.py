@@ -11,6 +11,7 @@ logits: ‖W h + b‖² = h·G h + 2 (Wᵀb)·h + b·b with G = Wᵀ W [D, D], a
 Nothing of ours is imported here.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,12 +21,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 # Numbers that may be held at once for a part of the outputs: 64 MiB in float32.
 CHUNK_ENTRIES = 1 << 24
-# Settings of a Hugging Face model by which its logits are no linear function of the last hidden state, and what they
-# are where they change nothing.
-NEUTRAL = {
-    **dict.fromkeys(("final_logit_softcapping", "logit_softcapping", "logits_soft_cap"), (None,)),
-    **dict.fromkeys(("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_scale"), (None, 1, 1.0)),
-}
+# Settings of a Hugging Face model by which its logits are no linear function of the last hidden state: caps and scales.
+# Others of such names are of attention, of routers, or of the first weights.
+BEYOND_LINEAR = re.compile(r"(?!.*(attn|attention|router|init))(.*logit.*(cap|scal|mult)|lm_head_(scal|mult))")
+NEUTRAL = (None, False, 1, 1.0)  # where such a setting changes nothing
 
 
 def linear_output_norm(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -73,25 +72,33 @@ def causal_lm_norm(model: nn.Module, batch: Any) -> Tensor:
 
     Raises:
         TypeError: The model has no such parts, or its head is no linear layer.
-        ValueError: Its logits are capped or scaled after the head.
+        ValueError: Its logits are capped or scaled after the head, or other layers stand before it.
     """
     any_model: Any = model
     head = any_model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Linear):
         raise TypeError(f"model must have an nn.Linear as get_output_embeddings(), got {type(head).__name__}")
-    config = getattr(model, "config", None)
-    changed = [
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    changed = {
         f"{name}={value}"
-        for name, neutral in NEUTRAL.items()
-        for value in (getattr(config, name, None),)
-        if value not in neutral
-    ]
+        for settings in (config, text)
+        for name, value in (vars(settings) if hasattr(settings, "__dict__") else {}).items()
+        if BEYOND_LINEAR.match(name) and value not in NEUTRAL
+    }
     if changed:
-        raise ValueError(f"the logits must be those of a linear layer, got a model with {', '.join(changed)}")
+        raise ValueError(f"the logits must be those of a linear layer, got a model with {', '.join(sorted(changed))}")
     decoder = any_model.get_decoder() if hasattr(model, "get_decoder") else None
     decoder = getattr(model, "base_model", None) if decoder is None else decoder
     if not isinstance(decoder, nn.Module) or decoder is model:
         raise TypeError("model must have a decoder below its head: get_decoder() or base_model")
+    known = {id(parameter) for part in (decoder, head) for parameter in part.parameters()}
+    more = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
+    if more:
+        raise ValueError(
+            "the logits must be those of a linear layer on what the decoder gives, got parameters beside decoder and "
+            f"head: {', '.join(more[:5])}"
+        )
     if isinstance(batch, Mapping):
         output = decoder(**{key: value for key, value in batch.items() if key not in ("labels", "label", "label_ids")})
     else:

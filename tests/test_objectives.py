@@ -1,5 +1,7 @@
 """‖W h + b‖² without W h: its value and derivatives, and Ω through it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from compare import assert_as_accurate, relative_error, truth_of
@@ -129,6 +131,13 @@ def test_logits_are_never_there(monkeypatch):
     [
         (lambda m: setattr(m.config, "final_logit_softcapping", 30.0), ValueError, "final_logit_softcapping=30.0"),
         (lambda m: setattr(m.config, "logit_scale", 0.5), ValueError, "logit_scale=0.5"),
+        (lambda m: setattr(m.config, "output_logit_soft_cap", 30.0), ValueError, "output_logit_soft_cap=30.0"),
+        (
+            lambda m: setattr(m.config, "get_text_config", lambda **kw: SimpleNamespace(final_logit_softcapping=5.0)),
+            ValueError,
+            "final_logit_softcapping=5.0",
+        ),
+        (lambda m: setattr(m, "more", torch.nn.Linear(8, 8)), ValueError, "parameters beside decoder and head: more"),
         (lambda m: setattr(m, "get_output_embeddings", lambda: None), TypeError, "must have an nn.Linear"),
         (lambda m: setattr(m, "get_decoder", lambda: m), TypeError, "must have a decoder"),
     ],
@@ -140,6 +149,14 @@ def test_models_that_are_not_such_are_refused(change, error, message):
     change(model)
     with pytest.raises(error, match=message):
         objectives.causal_lm_norm(model, torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_a_head_of_several_layers_is_refused():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.RobertaConfig(vocab_size=11, max_position_embeddings=8, is_decoder=True, **sizes)
+    with pytest.raises(ValueError, match=r"beside decoder and head: .*lm_head.dense.weight"):
+        objectives.causal_lm_norm(transformers.RobertaForCausalLM(config), torch.zeros(1, 2, dtype=torch.long))
 
 
 def test_shapes_that_do_not_fit_are_refused():
