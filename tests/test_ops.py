@@ -103,6 +103,10 @@ LINEAR = {
     "long": (2, 2048, 10, 33),
     "longer_than_a_block": (3, 2049, 17, 9),
     "several_blocks": (2, 5000, 6, 40),
+    "several_blocks_of_a_packed_panel": (3, 300, 40, 35),
+    "several_samples_in_a_block": (23, 50, 20, 35),
+    "outputs_for_each_thread": (9, 20, 150, 35),
+    "outputs_for_each_thread_one_position": (300, 1, 150, 35),
     "no_samples": (0, 4, 5, 6),
     "no_positions": (4, 0, 5, 6),
     "no_outputs": (4, 3, 0, 6),
@@ -147,6 +151,9 @@ CONV = {
     "2d_one_position": (5, 1, 9, 7, [3, 3], [3, 3], [1, 1], [0, 0], [1, 1]),
     "2d_grouped": (2, 3, 5, 4, [6, 7], [3, 3], [1, 2], [1, 1], [2, 1]),
     "2d_many_positions": (2, 1, 4, 3, [50, 50], [3, 3], [1, 1], [1, 1], [1, 1]),
+    "2d_in_place_several_samples": (5, 1, 16, 32, [20, 20], [3, 3], [1, 1], [1, 1], [1, 1]),
+    "2d_in_place_longer_than_a_chunk": (2, 1, 4, 16, [66, 66], [2, 2], [1, 1], [0, 0], [1, 1]),
+    "2d_outputs_for_each_thread": (3, 1, 136, 16, [9, 9], [3, 3], [1, 1], [1, 1], [1, 1]),
     "3d": (2, 1, 5, 4, [4, 5, 6], [3, 2, 3], [1, 2, 1], [1, 0, 2], [1, 1, 2]),
     "3d_grouped": (2, 2, 3, 5, [4, 5, 6], [2, 2, 2], [2, 1, 1], [0, 1, 0], [1, 2, 1]),
     "depthwise_1d": (3, 7, 1, 1, [20], [5], [2], [2], [1]),
@@ -394,10 +401,10 @@ def test_opcheck(name):
 def test_same_bits_for_every_number_of_threads_and_every_run(name):
     torch.manual_seed(0)
     big = {
-        "accumulate_linear_": lambda: ([omega_of(70, 90)], (data(40, 9, 70).float(), data(40, 9, 90).float())),
+        "accumulate_linear_": lambda: ([omega_of(200, 90)], (data(40, 9, 200).float(), data(40, 9, 90).float())),
         "accumulate_conv_": lambda: (
-            [omega_of(20, 16, 3, 3)],
-            (data(6, 20, 9, 9).float(), data(6, 16, 9, 9).float(), [1, 1], [1, 1], [1, 1]),
+            [omega_of(200, 16, 3, 3)],
+            (data(6, 200, 9, 9).float(), data(6, 16, 9, 9).float(), [1, 1], [1, 1], [1, 1]),
         ),
         "accumulate_embedding_": lambda: (
             [omega_of(50, 100)],

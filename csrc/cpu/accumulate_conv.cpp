@@ -115,7 +115,11 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
   const View deltas(delta), inputs(x);
   const int64_t C = g.channels, group_channels = C / g.groups, group_outputs = g.outputs / g.groups;
   const int64_t K = g.entries(), columns = K * group_channels;
-  const TiledShape shape{delta.size(0), g.positions(), g.groups, group_outputs, columns};
+  // Channels in whole vectors are read where they are; the last vectors of the last panel read once more what counts
+  // nowhere. Without panels to pack, a chunk can be larger: Ω, whose entries are scattered here, is met once a chunk.
+  const bool in_place = group_channels % kernel.lanes == 0;
+  const TiledShape shape{delta.size(0), g.positions(), g.groups,
+                         group_outputs, columns,       in_place ? 4 * kChunkRows : kChunkRows};
   const std::vector<int64_t> base = position_bases(g), offset = kernel_offsets(g);
   const int64_t image = g.padded_positions() * C;
   const int64_t chunk = chunk_samples<T>(shape);
@@ -145,9 +149,6 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
       }
     }
   }
-  // Channels in whole vectors are read where they are; the last vectors of the last panel read once more what counts
-  // nowhere.
-  const bool in_place = group_channels % kernel.lanes == 0;
   while (in_place && int64_t(image_offset.size()) % kernel.tile_columns) image_offset.push_back(image_offset.front());
   const auto panel_of_x = [&](int64_t group, int64_t first_sample, int64_t count, int64_t row, int64_t rows,
                               int64_t first, T* dst) {

@@ -31,6 +31,8 @@ template <class T>
 using Vector = typename Lanes<T>::Vector;
 template <class T>
 constexpr int64_t kWidth = MAS_FAST_VECTOR_BYTES / sizeof(T);
+// Vectors by which reads of many rows at once are fetched ahead.
+constexpr int64_t kAhead = 4;
 
 // Storage types of data; arithmetic is in float, or in double for double.
 struct BFloat16 {
@@ -100,6 +102,45 @@ inline void with_input(Input type, F f) {
   }
 }
 
+// Interleaves the low, or the high, halves of two vectors.
+template <class T, bool HIGH>
+inline Vector<T> zip(Vector<T> a, Vector<T> b) {
+  constexpr int W = kWidth<T>, H = HIGH ? W / 2 : 0;
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  if constexpr (W == 16) {
+    return __builtin_shufflevector(a, b, H, H + W, H + 1, H + 1 + W, H + 2, H + 2 + W, H + 3, H + 3 + W, H + 4,
+                                   H + 4 + W, H + 5, H + 5 + W, H + 6, H + 6 + W, H + 7, H + 7 + W);
+  } else if constexpr (W == 8) {
+    return __builtin_shufflevector(a, b, H, H + W, H + 1, H + 1 + W, H + 2, H + 2 + W, H + 3, H + 3 + W);
+  } else if constexpr (W == 4) {
+    return __builtin_shufflevector(a, b, H, H + W, H + 1, H + 1 + W);
+  } else {
+    return __builtin_shufflevector(a, b, H, H + W);
+  }
+#else
+  Vector<T> zipped;
+  for (int i = 0; i < W / 2; ++i) {
+    zipped[2 * i] = a[H + i];
+    zipped[2 * i + 1] = b[H + i];
+  }
+  return zipped;
+#endif
+}
+
+// R ≤ W rows of W entries change rows and columns in registers, in log2(R) rounds of interleaving row i with row i +
+// R/2: all rows' first entries come first, then all second ones, …
+template <class T, int R>
+inline void interleave(Vector<T> (&row)[R]) {
+  Vector<T> next[R];
+  for (int round = 1; round < R; round *= 2) {
+    for (int i = 0; i < R / 2; ++i) {
+      next[2 * i] = zip<T, false>(row[i], row[i + R / 2]);
+      next[2 * i + 1] = zip<T, true>(row[i], row[i + R / 2]);
+    }
+    for (int i = 0; i < R; ++i) row[i] = next[i];
+  }
+}
+
 // A full panel: the width is known to the compiler, so a row is a few vector moves.
 template <class T, class In, Magnitude M, int64_t WIDTH>
 void pack_full(const In* __restrict data, int64_t row_stride, int64_t rows, T* __restrict dst) {
@@ -108,10 +149,24 @@ void pack_full(const In* __restrict data, int64_t row_stride, int64_t rows, T* _
   }
 }
 
-// The same where the entries of a column are contiguous.
+// The same where the entries of a column are contiguous. Columns are often 4 KiB apart, where few of them fit L1 at
+// once: each is read by vectors, once.
 template <class T, class In, Magnitude M, int64_t WIDTH>
 void pack_turned(const In* __restrict data, int64_t column_stride, int64_t rows, T* __restrict dst) {
-  for (int64_t r = 0; r < rows; ++r, ++data, dst += WIDTH) {
+  constexpr int64_t W = kWidth<T>;
+  int64_t r = 0;
+  if constexpr ((WIDTH & (WIDTH - 1)) == 0 && WIDTH <= W) {
+    for (; r + W <= rows; r += W, data += W, dst += W * WIDTH) {
+      Vector<T> column[WIDTH];
+      for (int64_t c = 0; c < WIDTH; ++c) {
+        column[c] = magnitude<M, T>(load<T>(data + c * column_stride));
+        __builtin_prefetch(data + c * column_stride + kAhead * W);
+      }
+      interleave<T, WIDTH>(column);
+      for (int64_t c = 0; c < WIDTH; ++c) store<T>(dst + c * W, column[c]);
+    }
+  }
+  for (; r < rows; ++r, ++data, dst += WIDTH) {
     for (int64_t c = 0; c < WIDTH; ++c) dst[c] = magnitude_of<M>(T(data[c * column_stride]));
   }
 }
@@ -234,44 +289,16 @@ void fold(const T* from, int64_t count, Magnitude m, T* into) {
   });
 }
 
-// Interleaves the low, or the high, halves of two vectors.
-template <class T, bool HIGH>
-inline Vector<T> zip(Vector<T> a, Vector<T> b) {
-  constexpr int W = kWidth<T>, H = HIGH ? W / 2 : 0;
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
-  if constexpr (W == 16) {
-    return __builtin_shufflevector(a, b, H, H + W, H + 1, H + 1 + W, H + 2, H + 2 + W, H + 3, H + 3 + W, H + 4,
-                                   H + 4 + W, H + 5, H + 5 + W, H + 6, H + 6 + W, H + 7, H + 7 + W);
-  } else if constexpr (W == 8) {
-    return __builtin_shufflevector(a, b, H, H + W, H + 1, H + 1 + W, H + 2, H + 2 + W, H + 3, H + 3 + W);
-  } else if constexpr (W == 4) {
-    return __builtin_shufflevector(a, b, H, H + W, H + 1, H + 1 + W);
-  } else {
-    return __builtin_shufflevector(a, b, H, H + W);
-  }
-#else
-  Vector<T> zipped;
-  for (int i = 0; i < W / 2; ++i) {
-    zipped[2 * i] = a[H + i];
-    zipped[2 * i + 1] = b[H + i];
-  }
-  return zipped;
-#endif
-}
-
-// W × W entries change rows and columns in registers: log2(W) rounds of interleaving row i with row i + W/2.
+// W × W entries change rows and columns.
 template <class T, class In>
 inline void transpose_block(const In* src, int64_t src_stride, T* dst, int64_t dst_stride) {
   constexpr int W = kWidth<T>;
-  Vector<T> row[W], next[W];
-  for (int i = 0; i < W; ++i) row[i] = load<T>(src + i * src_stride);
-  for (int round = 1; round < W; round *= 2) {
-    for (int i = 0; i < W / 2; ++i) {
-      next[2 * i] = zip<T, false>(row[i], row[i + W / 2]);
-      next[2 * i + 1] = zip<T, true>(row[i], row[i + W / 2]);
-    }
-    for (int i = 0; i < W; ++i) row[i] = next[i];
+  Vector<T> row[W];
+  for (int i = 0; i < W; ++i) {
+    row[i] = load<T>(src + i * src_stride);
+    __builtin_prefetch(src + i * src_stride + kAhead * W);
   }
+  interleave<T, W>(row);
   for (int i = 0; i < W; ++i) store<T>(dst + i * dst_stride, row[i]);
 }
 
@@ -289,12 +316,12 @@ void transpose(Input type, Matrix src, int64_t channels, int64_t positions, T* d
     };
     if (src.column_stride != 1) return copy(0, channels, 0, positions);
     const int64_t whole_c = channels / W * W, whole_s = positions / W * W;
-    for (int64_t s = 0; s < whole_s; s += W) {
-      for (int64_t c = 0; c < whole_c; c += W) {
+    for (int64_t c = 0; c < whole_c; c += W) {
+      for (int64_t s = 0; s < whole_s; s += W) {
         transpose_block(data + c * src.row_stride + s, src.row_stride, dst + s * dst_stride + c, dst_stride);
       }
-      copy(whole_c, channels, s, s + W);
     }
+    copy(whole_c, channels, 0, whole_s);
     copy(0, channels, whole_s, positions);
   });
 }

@@ -18,22 +18,27 @@ namespace mas_fast::cpu {
 
 // Positions per packed panel: 1024 rows of 32 floats are 128 KiB, a fraction of the L2 of the machines of today.
 constexpr int64_t kChunkRows = 1024;
+// Of a panel, what stays in L1 while all panels of δ meet it.
+constexpr int64_t kBlockBytes = 24 << 10;
 // Packed δ of a chunk, unless a single sample has more.
 constexpr int64_t kChunkBytes = 1 << 20;
 // Tasks per thread, so that uneven ones even out.
 constexpr int64_t kTasksPerThread = 16;
+// Panels of outputs from which on a thread has its own: each element of x, which it packs for itself, meets 64 of them.
+constexpr int64_t kPanelsPerThread = 8;
 
 struct TiledShape {
   int64_t samples, rows;     // N, T
   int64_t groups;            // independent products
   int64_t outputs, columns;  // O and I of one group
+  int64_t chunk_rows = kChunkRows;
 };
 
 // Samples that are packed and multiplied together.
 template <class T>
 int64_t chunk_samples(const TiledShape& shape) {
   const int64_t sample_bytes = shape.rows * shape.groups * shape.outputs * int64_t(sizeof(T));
-  const int64_t most = std::min(kChunkRows / shape.rows, kChunkBytes / sample_bytes);
+  const int64_t most = std::min(shape.chunk_rows / shape.rows, kChunkBytes / sample_bytes);
   return std::clamp<int64_t>(most, 1, shape.samples);
 }
 
@@ -43,6 +48,12 @@ struct PanelOfX {
   const T* x;
   int64_t sample_stride = 0;
   const int64_t *base = nullptr, *offset = nullptr;
+
+  // The same panel from a row of a sample on, where a packed one has `rows` rows of `width` columns for each sample.
+  PanelOfX from(int64_t sample, int64_t row, int64_t rows, int64_t width) const {
+    if (base) return {x + sample * sample_stride, sample_stride, base + row, offset};
+    return {x + (sample * rows + row) * width};
+  }
 };
 
 // Fetches a tile's rows of Ω while it is being computed: they are met once a chunk of samples, and cold by then.
@@ -77,9 +88,18 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
   if (shape.samples * shape.rows * shape.groups * output_panels * column_panels == 0) return;
 
   const int64_t chunk = chunk_samples<T>(shape);
-  const int64_t block = std::min(shape.rows, kChunkRows);  // a long sample is walked in blocks of rows
-  const int64_t wanted = kTasksPerThread * int64_t(torch::stable::get_num_threads());
-  const int64_t output_blocks = std::clamp<int64_t>(ceil_div(wanted, shape.groups * column_panels), 1, output_panels);
+  // A panel is packed for all samples of the chunk, or for a long one's rows part by part.
+  const bool packs_chunk = shape.rows <= shape.chunk_rows;
+  const int64_t packed_rows = std::min(shape.rows, shape.chunk_rows);
+  const int64_t block = kBlockBytes / (NR * int64_t(sizeof(T)));
+  // With enough outputs, each thread has its own, and meets no δ but what it has packed itself: to read what another
+  // core has just written costs as much as packing it. Else tasks are pieces of Ω, those of the same panel of x
+  // together.
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  const int64_t wanted = kTasksPerThread * threads;
+  const bool by_outputs = shape.groups == 1 && output_panels >= kPanelsPerThread * threads;
+  const int64_t output_blocks =
+      by_outputs ? threads : std::clamp<int64_t>(ceil_div(wanted, shape.groups * column_panels), 1, output_panels);
   const int64_t tasks = shape.groups * column_panels * output_blocks;
 
   const int64_t panel_size = chunk * shape.rows * MR;  // one packed panel of δ
@@ -99,38 +119,51 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       const int64_t tile_size = MR * NR;
       const int64_t most = ceil_div(output_panels, output_blocks);
-      const Scratch<T> x(std::max(chunk * block, block) * NR);
+      const Scratch<T> x(chunk * packed_rows * NR);
       // Sums of |·|, and for samples of several blocks their plain sums so far.
       const Scratch<T> totals(most * tile_size), partial(most * tile_size);
       PanelOfX<T> packed{};  // tasks of the same panel follow one another
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t output_block = task % output_blocks, panel = task / output_blocks % column_panels;
-        const int64_t group = task / output_blocks / column_panels;
+        const int64_t output_block = by_outputs ? task / column_panels : task % output_blocks;
+        const int64_t panel = by_outputs ? task % column_panels : task / output_blocks % column_panels;
+        const int64_t group = task / (output_blocks * column_panels);
         const int64_t o_begin = output_block * output_panels / output_blocks;
         const int64_t o_end = (output_block + 1) * output_panels / output_blocks;
         const int64_t columns = std::min(NR, shape.columns - panel * NR);
         const T* deltas = delta.get() + group * output_panels * panel_size;
         std::fill_n(totals.get(), (o_end - o_begin) * tile_size, T(0));
-        if (block == shape.rows) {
-          if (task == begin || output_block == 0) {
-            packed = panel_of_x(group, first, count, 0, shape.rows, panel * NR, x.get());
-          }
+        // All panels of δ against some rows of some samples of the panel of x, which stay in L1 meanwhile.
+        const auto run_block = [&](const PanelOfX<T>& block_of_x, int64_t n, int64_t samples, int64_t row, int64_t rows,
+                                   Magnitude m, T* sums) {
           for (int64_t o = o_begin; o < o_end; ++o) {
-            if (!column_offset) {
+            if (!column_offset && n == 0 && row == 0) {
               prefetch_omega<T>(omega_row, group, o * MR, std::min(o * MR + MR, shape.outputs), panel * NR, columns);
             }
-            run_tile(deltas + o * panel_size, packed, count, shape.rows, magnitude,
-                     totals.get() + (o - o_begin) * tile_size);
+            run_tile(deltas + o * panel_size + (n * shape.rows + row) * MR, block_of_x, samples, rows, m,
+                     sums + (o - o_begin) * tile_size);
+          }
+        };
+        if (packs_chunk && (by_outputs || task == begin || output_block == 0)) {
+          packed = panel_of_x(group, first, count, 0, shape.rows, panel * NR, x.get());
+        }
+        if (shape.rows <= block) {
+          const int64_t step = std::max<int64_t>(block / shape.rows, 1);
+          for (int64_t n = 0; n < count; n += step) {
+            run_block(packed.from(n, 0, shape.rows, NR), n, std::min(step, count - n), 0, shape.rows, magnitude,
+                      totals.get());
           }
         } else {
           for (int64_t n = 0; n < count; ++n) {
             std::fill_n(partial.get(), (o_end - o_begin) * tile_size, T(0));
-            for (int64_t row = 0; row < shape.rows; row += block) {
-              const int64_t rows = std::min(block, shape.rows - row);
-              packed = panel_of_x(group, first + n, 1, row, rows, panel * NR, x.get());
-              for (int64_t o = o_begin; o < o_end; ++o) {
-                run_tile(deltas + o * panel_size + (n * shape.rows + row) * MR, packed, 1, rows, Magnitude::kPlain,
-                         partial.get() + (o - o_begin) * tile_size);
+            for (int64_t packed_row = 0; packed_row < shape.rows; packed_row += packed_rows) {
+              const int64_t packed_end = std::min(packed_row + packed_rows, shape.rows);
+              if (!packs_chunk) {
+                packed = panel_of_x(group, first + n, 1, packed_row, packed_end - packed_row, panel * NR, x.get());
+              }
+              for (int64_t row = packed_row; row < packed_end; row += block) {
+                const PanelOfX<T> own =
+                    packs_chunk ? packed.from(n, row, shape.rows, NR) : packed.from(0, row - packed_row, 0, NR);
+                run_block(own, n, 1, row, std::min(block, packed_end - row), Magnitude::kPlain, partial.get());
               }
             }
             kernel.fold(partial.get(), (o_end - o_begin) * tile_size, magnitude, totals.get());
