@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 # Tests run in a process for each core, up to four: each imports torch and transformers.
 PYTEST := OMP_NUM_THREADS=1 $(abspath .venv/bin)/pytest -p no:benchmark -n auto --maxprocesses 4
 DEMO_ARGS ?= --out demo_results
-BENCH_ARGS ?= --out benchmarks/results
+BENCH_ARGS ?= --out bench_results --small --compare benchmarks/results
 
 VENV := .venv
 BIN := $(abspath $(VENV)/bin)
@@ -17,13 +17,14 @@ INSTALLED := $(STAMPS)/installed-$(MAS_FAST_BUILD)
 PYTHON_ONLY := $(abspath build/python-only)
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test test-installed test-python-only bench lint format clean
+.PHONY: help install demo test test-installed test-python-only bench bench-ops lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     run the demo on handwritten digits; results in demo_results/"
 	@echo "make test     run the tests with compiled kernels, then from a Python-only wheel"
-	@echo "make bench    measure whole passes and single ops"
+	@echo "make bench    compare with other libraries, in minutes; ratios beside the committed ones"
+	@echo "make bench-ops  time each op beside this machine's last saved run of them"
 	@echo "make lint     check style, types and format"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make install  only set up $(VENV): pinned dependencies and the package, editable"
@@ -71,9 +72,19 @@ test-python-only: $(INSTALLED)
 	  PYTHONPATH=$(PYTHON_ONLY)/site PYTHONSAFEPATH=1 \
 	  $(PYTEST) --config-file $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests $(PYTEST_ARGS)
 
-bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
-	$(BIN)/pytest benchmarks
+# In a folder of their own: one of them brings packages named test and benchmarks along.
+$(STAMPS)/peers: pyproject.toml $(INSTALLED)
+	rm -rf $(VENV)/peers
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/peers \
+	  $$($(BIN)/python -m benchmarks.peers)
+	touch $@
+
+bench: $(STAMPS)/peers
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# Keeps each run under benchmarks/baselines, and compares it with the last one of the same machine.
+bench-ops: $(INSTALLED)
+	$(BIN)/pytest benchmarks/test_ops.py --benchmark-autosave --benchmark-compare
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -87,7 +98,7 @@ format: $(INSTALLED)
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 clean:
-	rm -rf $(VENV) build dist mas_fast.egg-info demo_results
+	rm -rf $(VENV) build dist mas_fast.egg-info demo_results bench_results
 	rm -f mas_fast/_kernels.so mas_fast/_kernels.dylib mas_fast/_C.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import random
@@ -12,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from benchmarks.cases import Workload
-from benchmarks.methods import METHODS, Omega
+from benchmarks.methods import METHODS, Omega, loop
 from mas_fast import Importance
-from mas_fast.reference import importance_loop
 
 # A pass shorter than this is repeated within a round, so that one interruption or the clock does not decide it.
 SHORTEST_TIMING_S = 0.1
 # Two batches: what the first one establishes, the second one uses.
 NUM_ERROR_BATCHES = 2
+MOST_CHECKED = 1024  # samples, unless one batch has more
 LONGEST_FAILURE = 200  # characters
 
 
@@ -63,18 +64,24 @@ class Contender:
 
 
 def checked_part(workload: Workload) -> Workload:
-    """Return the batches on which errors are measured: as large as those that are timed."""
-    return replace(workload, batches=workload.batches[:NUM_ERROR_BATCHES])
+    """Return the batches on which errors are measured: as large as those that are timed.
+
+    Where float32 itself would decide branches, in float64.
+    """
+    count = max(1, min(NUM_ERROR_BATCHES, MOST_CHECKED // workload.batch_size))
+    part = replace(workload, batches=workload.batches[:count])
+    return part if workload.decided else in_float64(part)
 
 
-def true_importance(workload: Workload) -> dict[str, Tensor]:
+def in_float64(workload: Workload) -> Workload:
+    """Return the same workload in float64, with a model of its own."""
+    batches = [batch.double() if batch.is_floating_point() else batch for batch in workload.batches]
+    return replace(workload, model=copy.deepcopy(workload.model).double(), batches=batches)
+
+
+def true_importance(workload: Workload) -> Mapping[str, Tensor]:
     """Return Ω of the checked part of the workload by the per-sample loop in float64."""
-    samples = [sample for batch in checked_part(workload).batches for sample in batch.split(1)]
-    truth: dict[str, Tensor] = {}
-    for sample in samples:
-        for name, omega in importance_loop(workload.model, sample, objective=workload.objective).items():
-            truth[name] = omega if name not in truth else truth[name].add_(omega)
-    return {name: total / len(samples) for name, total in truth.items()}
+    return loop(in_float64(checked_part(workload)))
 
 
 def max_relative_error(omega: Omega, truth: Mapping[str, Tensor]) -> float:
@@ -90,7 +97,9 @@ def max_relative_error(omega: Omega, truth: Mapping[str, Tensor]) -> float:
     return largest
 
 
-def prepare(name: str, workload: Workload, truth: Mapping[str, Tensor], tolerance: float) -> Contender:
+def prepare(
+    name: str, workload: Workload, truth: Mapping[str, Tensor], tolerance: float, slowest_s: float = math.inf
+) -> Contender:
     """Check a method's error, warm it up and choose its options; what fails is noted and will not be timed.
 
     Args:
@@ -98,35 +107,45 @@ def prepare(name: str, workload: Workload, truth: Mapping[str, Tensor], toleranc
         workload: The whole workload.
         truth: Ω of its first `NUM_ERROR_BATCHES` batches.
         tolerance: Largest relative error of a method that is timed.
+        slowest_s: Most seconds that a pass of a method that is timed may take.
 
     Returns:
         The contender, ready to be timed.
     """
     method = METHODS[name]
     contender = Contender(name, method.timed_workload(workload))
+    choices = [options for options in method.options if options.get("chunk", 0) <= contender.workload.batch_size]
+    choices = choices or list(method.options[:1])
     try:
         seconds = []
-        for options in method.options:
+        for options in choices:
             contender.options = options
             omega = method.run(checked_part(workload), **options)
             if omega is not None:
                 contender.error = max(contender.error or 0.0, max_relative_error(omega, truth))
             if isinstance(omega, Importance):
                 contender.fallbacks = {row.name: row.fallback for row in omega.coverage if row.fallback is not None}
-            contender.time_pass_s()
+            if contender.time_pass_s() > slowest_s:
+                contender.failure = f"slower than {slowest_s:.0f} s a pass"
+                return contender
             seconds.append(contender.time_pass_s())
     except Exception as failure:
         # Peers fail in many ways, of which the row tells.
         if method.is_ours:
             raise
-        lines = str(failure).splitlines()
-        contender.failure = f"{type(failure).__name__}: {lines[0] if lines else ''}"[:LONGEST_FAILURE]
+        contender.failure = describe_failure(failure)
         return contender
-    contender.options = method.options[seconds.index(min(seconds))]
+    contender.options = choices[seconds.index(min(seconds))]
     contender.passes = max(1, math.ceil(SHORTEST_TIMING_S / min(seconds)))
     if method.is_exact and contender.error is not None and contender.error > tolerance:
         contender.failure = f"error {contender.error:.1e} is above {tolerance:.0e}"
     return contender
+
+
+def describe_failure(failure: Exception) -> str:
+    """Return an exception as one line."""
+    lines = str(failure).splitlines()
+    return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:LONGEST_FAILURE]
 
 
 def time_interleaved(contenders: list[Contender], num_rounds: int, batch_size: int) -> None:

@@ -6,7 +6,7 @@ A method walks over the whole workload and returns Ω, or None if it computes no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -69,6 +69,11 @@ def vmap(workload: Workload, chunk: int) -> Omega:
     return {name: total / num_samples for name, total in omega.items()}
 
 
+def vmap_whole(workload: Workload) -> Omega:
+    """Do the same for all samples of a batch at once, as one writes it first."""
+    return vmap(workload, workload.batch_size)
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the table of contenders.
@@ -78,6 +83,8 @@ class Method:
         options: Keyword arguments to choose from; the fastest at warm-up is the one that is timed.
         sample_limit: Time this many samples of the first batch at most and scale to a batch; None times every batch.
         is_exact: Whether an error above the tolerance is a failure; else it is shown, and the time too.
+        environment: Variables of the process that it needs; it is then measured in one of its own, with the unit.
+        is_default: Whether it is measured when no methods are named.
         is_ours: Whether an exception of `run` is a failure of the benchmark, and not a peer that cannot run the case.
     """
 
@@ -86,6 +93,8 @@ class Method:
     sample_limit: int | None = None
     is_exact: bool = True
     is_ours: bool = False
+    is_default: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def timed_workload(self, workload: Workload) -> Workload:
         """Cut the workload to what this method is timed on."""
@@ -94,11 +103,15 @@ class Method:
 
 CHUNKS = tuple({"chunk": chunk} for chunk in (4, 8, 16, 64))
 UNIT = "batched_backward"
+OURS = "mas_fast"
 METHODS: dict[str, Method] = {
     UNIT: Method(batched_backward, is_ours=True),
-    "mas_fast": Method(mas_fast_pass, is_ours=True),
+    OURS: Method(mas_fast_pass, is_ours=True),
+    "mas_fast_python": Method(mas_fast_pass, is_ours=True, environment={"MAS_FAST_KERNELS": "reference"}),
     "loop": Method(loop, sample_limit=8),
+    "authors": Method(peers.authors, sample_limit=8),
     "vmap": Method(vmap, options=CHUNKS, sample_limit=64),
+    "vmap_whole": Method(vmap_whole, is_default=False),
     "opacus": Method(peers.opacus, options=CHUNKS, sample_limit=64),
     "backpack": Method(peers.backpack, options=CHUNKS, sample_limit=64),
     "batch_mode": Method(peers.batch_mode, is_exact=False),

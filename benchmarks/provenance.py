@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import mas_fast
+from benchmarks import peers
 
 
 def describe_run(num_threads: int) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def describe_run(num_threads: int) -> dict[str, Any]:
             "mas_fast": mas_fast.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            **peers.versions(),
         },
         "machine": {
             "cpu": cpu_model(),

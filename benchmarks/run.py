@@ -9,31 +9,51 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, find_case
 from benchmarks.measure import Contender, prepare, time_interleaved, true_importance
 from benchmarks.memory import MIB, peak_mib
-from benchmarks.methods import METHODS, UNIT
-from benchmarks.provenance import describe_run
+from benchmarks.methods import METHODS, OURS, UNIT
+from benchmarks.provenance import describe_implementations, describe_run
 
 Row = dict[str, Any]
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-11}
+# A pass that takes longer is not measured, and the row says so.
+SLOWEST_S = 60.0
 KEY = ("case", "method", "device", "dtype", "num_batches")
 
 
 def measure_case(case: str, num_batches: int, arguments: argparse.Namespace) -> list[Row]:
     """Measure every method on one case and return one row each."""
-    workload = CASES[case].build(num_batches, getattr(torch, arguments.dtype))
+    here = [name for name in arguments.methods if not METHODS[name].environment]
+    rows = measure_methods(case, num_batches, here, arguments)
+    for name in arguments.methods:
+        if METHODS[name].environment:
+            with in_environment(METHODS[name].environment), fresh_process(arguments.threads) as process:
+                elsewhere = process.submit(measure_methods, case, num_batches, [UNIT, name], arguments).result()
+            rows.append(elsewhere[1])
+    return sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
+
+
+def measure_methods(case: str, num_batches: int, methods: list[str], arguments: argparse.Namespace) -> list[Row]:
+    """Measure methods side by side in this process; the unit is among them."""
+    build = find_case(case)
+    workload = build.build(num_batches, getattr(torch, arguments.dtype))
+    tolerance = TOLERANCES[arguments.dtype if build.decided else "float64"]
     truth = true_importance(workload)
-    contenders = [prepare(name, workload, truth, TOLERANCES[arguments.dtype]) for name in arguments.methods]
+    contenders = [prepare(name, workload, truth, tolerance, SLOWEST_S) for name in methods]
     time_interleaved(contenders, arguments.rounds, workload.batch_size)
 
-    unit = contenders[arguments.methods.index(UNIT)]
+    unit = contenders[methods.index(UNIT)]
     shared = {
         "case": case,
         "device": "cpu",
@@ -41,23 +61,44 @@ def measure_case(case: str, num_batches: int, arguments: argparse.Namespace) -> 
         "num_batches": num_batches,
         "batch_size": workload.batch_size,
         "omega_mib": sum(omega.numel() for omega in truth.values()) * getattr(torch, arguments.dtype).itemsize / MIB,
+        "error_dtype": arguments.dtype if build.decided else "float64",
+        "implementations": describe_implementations("cpu"),
     }
     rows = [{**shared, **describe_contender(contender, unit)} for contender in contenders]
     for row, contender in zip(rows, contenders, strict=True):
         # The bar is set for a pass over a data set; a single batch also bears what is paid once.
-        row["ratio_bar"] = CASES[case].ratio_bar if contender.method == "mas_fast" and num_batches > 1 else None
+        row["ratio_bar"] = build.ratio_bar if contender.method == OURS and num_batches > 1 else None
         judged = contender.error is not None and METHODS[contender.method].is_exact
-        row["error_bar"] = TOLERANCES[arguments.dtype] if judged else None
+        row["error_bar"] = tolerance if judged else None
         row["peak_mib"] = row["peak_bar_mib"] = None
-        if arguments.memory and contender.failure is None:
-            row["peak_mib"] = peak_mib(
-                case, contender.method, num_batches, arguments.dtype, arguments.threads, contender.options
-            )
-    unit_peak_mib = rows[arguments.methods.index(UNIT)]["peak_mib"]
+        if arguments.memory and num_batches > 1 and contender.failure is None:
+            options = contender.options
+            row["peak_mib"] = peak_mib(case, contender.method, num_batches, arguments.dtype, arguments.threads, options)
+    unit_peak_mib = rows[methods.index(UNIT)]["peak_mib"]
     for row in rows:
-        if row["method"] == "mas_fast" and unit_peak_mib is not None:
-            row["peak_bar_mib"] = unit_peak_mib + row["omega_mib"] + CASES[case].joined_mib
+        if row["method"] == OURS and unit_peak_mib is not None:
+            row["peak_bar_mib"] = unit_peak_mib + row["omega_mib"] + build.joined_mib
     return rows
+
+
+@contextmanager
+def in_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def fresh_process(threads: int) -> ProcessPoolExecutor:
+    """Return an executor of one new process."""
+    return ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,))
 
 
 def describe_contender(contender: Contender, unit: Contender) -> Row:
@@ -168,16 +209,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results file")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--batches", nargs="+", type=int, default=[8, 1], help="batches of a pass; rows for each")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=[name for name, method in METHODS.items() if method.is_default]
+    )
+    parser.add_argument(
+        "--batches",
+        nargs="+",
+        type=int,
+        default=[0, 1],
+        help="batches of a pass, 0 for the case's own number; default: 0 1",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="timings of each method")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=TOLERANCES, default="float32")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a bar of cost or memory is missed, too")
     arguments = parser.parse_args(argv)
-    if min(*arguments.batches, arguments.rounds, arguments.threads) < 1:
-        parser.error("--batches, --rounds and --threads must be at least 1")
+    if min(*arguments.batches, arguments.rounds - 1, arguments.threads - 1) < 0:
+        parser.error("--rounds and --threads must be at least 1, --batches not negative")
     arguments.methods = [name for name in METHODS if name == UNIT or name in arguments.methods]
     return arguments
 
@@ -190,9 +239,9 @@ def main(argv: list[str] | None = None) -> int:
     path = results_path(arguments.out, run)
     rows: list[Row] = []
     for case in arguments.cases:
-        for num_batches in arguments.batches:
+        for num_batches in (batches or CASES[case].num_batches for batches in arguments.batches):
             print(f"{case}, {num_batches} batches …", file=sys.stderr, flush=True)
-            measured = [{**row, **run} for row in measure_case(case, num_batches, arguments)]
+            measured = [{**run, **row} for row in measure_case(case, num_batches, arguments)]
             rows += measured
             write_rows(path, measured)
     print_table(rows)

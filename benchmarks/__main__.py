@@ -1,0 +1,51 @@
+"""Measure all that the README's performance section says: `python -m benchmarks --out DIR [--small]`.
+
+Whole passes against what else there is, how cost grows, and the training step. `--small` leaves out what takes long:
+under ten minutes on two cores, with the rows that it measures as the full setting measures them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import compare, growth, run, steps
+
+SMALL_CASES = ("mlp", "conv_net", "transformer", "lstm")
+SMALL_CURVES = {"mlp-N": (16, 1024), "language_model-T": (64, 512)}
+SMALL_GROWTH_METHODS = ("mas_fast", "vmap")
+
+
+def measure(out: Path, small: bool) -> int:
+    """Run all benchmarks; return 1 if a row of mas_fast is wrong."""
+    common = ["--out", str(out)]
+    if not small:
+        return max(run.main(common), growth.main(common), steps.main([*common, "--rounds", "25"]))
+    failed = run.main([*common, "--cases", *SMALL_CASES, "--batches", "0", "--rounds", "5", "--no-memory"])
+    for curve, values in SMALL_CURVES.items():
+        points = [str(value) for value in values]
+        options = ["--curves", curve, "--values", *points, "--methods", *SMALL_GROWTH_METHODS]
+        failed |= growth.main([*common, *options])
+    return failed | steps.main([*common, "--rounds", "7"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, and compare where asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results files")
+    parser.add_argument("--small", action="store_true", help="in minutes")
+    parser.add_argument("--compare", type=Path, metavar="DIR", help="results to print the ratios beside")
+    arguments = parser.parse_args(argv)
+    start = time.monotonic()
+    failed = measure(arguments.out, arguments.small)
+    print(f"\nmeasured in {(time.monotonic() - start) / 60:.1f} minutes")
+    if arguments.compare is not None:
+        print(f"\nratios in {arguments.compare} → now")
+        compare.main([str(arguments.compare), str(arguments.out)])
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
