@@ -6,7 +6,7 @@ A method walks over the whole workload and returns Ω, or None if it computes no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -82,6 +82,7 @@ class Method:
         run: Takes a workload and one of `options`; returns Ω, or None if it computes none.
         options: Keyword arguments to choose from; the fastest at warm-up is the one that is timed.
         sample_limit: Time this many samples of the first batch at most and scale to a batch; None times every batch.
+        batch_limit: The same in batches.
         is_exact: Whether an error above the tolerance is a failure; else it is shown, and the time too.
         environment: Variables of the process that it needs; it is then measured in one of its own, with the unit.
         is_default: Whether it is measured when no methods are named.
@@ -91,6 +92,7 @@ class Method:
     run: Callable[..., Omega | None]
     options: tuple[dict[str, int], ...] = ({},)
     sample_limit: int | None = None
+    batch_limit: int | None = None
     is_exact: bool = True
     is_ours: bool = False
     is_default: bool = True
@@ -98,7 +100,9 @@ class Method:
 
     def timed_workload(self, workload: Workload) -> Workload:
         """Cut the workload to what this method is timed on."""
-        return workload if self.sample_limit is None else workload.head(min(self.sample_limit, workload.batch_size))
+        if self.sample_limit is not None:
+            return workload.head(min(self.sample_limit, workload.batch_size))
+        return replace(workload, batches=workload.batches[: self.batch_limit])
 
 
 CHUNKS = tuple({"chunk": chunk} for chunk in (4, 8, 16, 64))
@@ -107,7 +111,9 @@ OURS = "mas_fast"
 METHODS: dict[str, Method] = {
     UNIT: Method(batched_backward, is_ours=True),
     OURS: Method(mas_fast_pass, is_ours=True),
-    "mas_fast_python": Method(mas_fast_pass, is_ours=True, environment={"MAS_FAST_KERNELS": "reference"}),
+    "mas_fast_python": Method(
+        mas_fast_pass, batch_limit=4, is_ours=True, environment={"MAS_FAST_KERNELS": "reference"}
+    ),
     "loop": Method(loop, sample_limit=8),
     "authors": Method(peers.authors, sample_limit=8),
     "vmap": Method(vmap, options=CHUNKS, sample_limit=64),
