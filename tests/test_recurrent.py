@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.overrides import TorchFunctionMode
 
+from mas_fast import reference_recurrent
 from mas_fast.capture.recurrent import RECURRENT
+from mas_fast.kernels import ops
 
 I, H, P = 4, 5, 3  # noqa: E741
 LAYERS = {
@@ -331,3 +334,111 @@ def test_nothing_is_read_before_it_is_written():
                 assert_equals_torch(module, leaf, x, initial(module, layers=2, directions=2))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def lstm_problem(t, n, h, p, dtype=torch.float64):
+    """Draw what goes into a walk back through an LSTM."""
+    draw = partial(torch.randn, dtype=dtype)
+    return {
+        "delta": torch.zeros(t, n, 4, h, dtype=dtype),
+        "of_h": draw(t + 1, n, p or h),
+        "of_c": draw(n, h),
+        "w_hh": draw(4 * h, p or h) / h,
+        "w_hr": draw(p, h) if p else None,
+        "to_gates": draw(t, n, 4, h),
+        "to_c": draw(t, n, h),
+        "kept": torch.rand(t, n, h, dtype=dtype),
+    }
+
+
+LSTM_SHAPES = {  # T, N, H, P
+    "even": (6, 8, 32, 0),
+    "ragged": (5, 7, 37, 0),
+    "one_cell": (4, 3, 1, 0),
+    "one_sample": (9, 1, 20, 0),
+    "one_step": (1, 5, 16, 0),
+    "many_samples": (3, 150, 48, 0),
+    "projected": (5, 9, 21, 13),
+    "no_samples": (4, 0, 8, 0),
+    "no_steps": (0, 4, 8, 0),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["ahead", "reverse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", LSTM_SHAPES)
+def test_steps_of_an_lstm_equal_the_reference(shape, dtype, reverse, packed, threads):
+    torch.manual_seed(0)
+    t, n, h, p = LSTM_SHAPES[shape]
+    sizes = sorted(torch.randint(n + 1, (t,)).tolist(), reverse=True) if packed else []
+    given = lstm_problem(t, n, h, p)
+    truth = {name: tensor if tensor is None else tensor.clone() for name, tensor in given.items()}
+    reference_recurrent.lstm_back_(**truth, sizes=sizes, reverse=reverse)
+    cells = torch.randn(t + 1, n, h, dtype=torch.float64)
+    # The cells' second operand is a gate among the four.
+    added, kept = given["to_c"], given["to_gates"][:, :, 1]
+    true_cells = cells.clone()
+    reference_recurrent.lstm_cells_(true_cells, added, kept, sizes, reverse)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        own = {name: tensor if tensor is None else tensor.to(dtype, copy=True) for name, tensor in given.items()}
+        ops.lstm_back_(**own, sizes=sizes, reverse=reverse)
+        own_cells = cells.to(dtype)
+        ops.lstm_cells_(own_cells, added.to(dtype), own["to_gates"][:, :, 1], sizes, reverse)
+    finally:
+        torch.set_num_threads(before)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    for name in ("delta", "of_h", "of_c"):
+        difference = (own[name].double() - truth[name]).norm()
+        assert difference <= tolerance * truth[name].norm(), name
+    assert (own_cells.double() - true_cells).norm() <= tolerance * true_cells.norm()
+
+
+def test_steps_of_an_lstm_have_the_same_bits_for_every_number_of_threads():
+    torch.manual_seed(0)
+    given = lstm_problem(5, 150, 37, 0, torch.float32)
+    results = []
+    for count in (1, 2, 3):
+        own = {name: tensor if tensor is None else tensor.clone() for name, tensor in given.items()}
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            ops.lstm_back_(**own, sizes=[])
+        finally:
+            torch.set_num_threads(before)
+        results.append(own["of_h"])
+    if ops.cpu_capability() is not None:
+        assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.skipif(ops.cpu_capability() is None, reason="needs the compiled kernels")
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"delta": torch.zeros(5, 3, 4, 7)}, "delta must fit"),
+        ({"of_h": torch.zeros(4, 3, 8)}, "of_h must fit"),
+        ({"of_c": torch.zeros(3, 8, dtype=torch.float64)}, "of_c must be contiguous"),
+        ({"w_hh": torch.zeros(8, 32).T}, "w_hh must be contiguous"),
+        ({"w_hr": torch.zeros(8, 7)}, "w_hr must fit"),
+        ({"sizes": [3, 3]}, "sizes must be empty or a number of samples for each step"),
+        ({"sizes": [3, 3, 3, 3, 4]}, "sizes must be empty or a number of samples for each step"),
+        ({"sizes": [3, 3, 3, 3, -1]}, "sizes must be empty or a number of samples for each step"),
+    ],
+)
+def test_the_compiled_op_refuses_what_does_not_fit(change, text):
+    given = {**lstm_problem(5, 3, 8, 0, torch.float32), "sizes": [], **change}
+    with pytest.raises(RuntimeError, match=text):
+        torch.ops.mas_fast.lstm_back_(**given)
+
+
+def test_half_precision_lstms_take_the_reference():
+    torch.manual_seed(0)
+    given = lstm_problem(3, 2, 8, 0)
+    own = {name: tensor if tensor is None else tensor.bfloat16() for name, tensor in given.items()}
+    ops.lstm_back_(**own, sizes=[])
+    truth = {name: tensor if tensor is None else tensor.clone() for name, tensor in given.items()}
+    reference_recurrent.lstm_back_(**truth, sizes=[])
+    assert (own["of_h"].double() - truth["of_h"]).norm() < 0.05 * truth["of_h"].norm()

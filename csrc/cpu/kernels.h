@@ -61,6 +61,16 @@ struct Kernels {
   void (*affine)(Input type, Volume delta, Volume x, Volume mean, Volume rstd, int64_t R, int64_t S, int64_t k_begin,
                  int64_t k_end, Magnitude magnitude, T* weight, T* bias);
 
+  // out[r, c] += Σ_k a[r, k] w[k, c] for a few rows r; w is dense [K, C], out is dense, rows of a are a_stride apart.
+  void (*multiply)(const T* a, int64_t a_stride, const T* w, int64_t rows, int64_t K, int64_t C, T* out);
+
+  // out[i] = a[i] + b[i] c[i]
+  void (*multiply_add)(const T* a, const T* b, const T* c, int64_t count, T* out);
+
+  // One sample's step back through an LSTM of H cells, with u all that arrives at o ⊙ tanh c: c += u ⊙ to_c; delta of
+  // i, f, g is c ⊙ to_gates, that of o is u ⊙ to_gates; c *= kept. delta and to_gates are [4, H].
+  void (*lstm_back)(const T* u, const T* to_gates, const T* to_c, const T* kept, int64_t H, T* c, T* delta);
+
   // omega[c] += magnitude(Σ_j rows[index[j], c]) for c < columns: the positions of one sample that share an embedding
   // row.
   void (*gather)(Input type, Matrix rows, const int64_t* index, int64_t count, int64_t columns, Magnitude magnitude,

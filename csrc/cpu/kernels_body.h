@@ -506,11 +506,73 @@ void gather(Input type, Matrix rows, const int64_t* index, int64_t count, int64_
   });
 }
 
+// R rows of out += a w, in panels of NV vectors. Every entry adds up k in the same order, however rows are shared out.
+template <class T, int R, int NV>
+inline void multiply_panel(const T* a, int64_t a_stride, const T* w, int64_t K, int64_t C, T* out) {
+  constexpr int64_t W = kWidth<T>;
+  Vector<T> sum[R][NV];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) sum[r][v] = load<T>(out + r * C + v * W);
+  for (int64_t k = 0; k < K; ++k, w += C) {
+    Vector<T> columns[NV];
+    for (int v = 0; v < NV; ++v) columns[v] = load<T>(w + v * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < NV; ++v) sum[r][v] += broadcast<T>(a[r * a_stride + k]) * columns[v];
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) store<T>(out + r * C + v * W, sum[r][v]);
+}
+
+template <class T, int R>
+void multiply_rows(const T* a, int64_t a_stride, const T* w, int64_t K, int64_t C, T* out) {
+  constexpr int64_t W = kWidth<T>;
+  int64_t c = 0;
+  for (; c + 2 * W <= C; c += 2 * W) multiply_panel<T, R, 2>(a, a_stride, w + c, K, C, out + c);
+  for (; c + W <= C; c += W) multiply_panel<T, R, 1>(a, a_stride, w + c, K, C, out + c);
+  for (; c < C; ++c) {
+    for (int r = 0; r < R; ++r) {
+      T sum = out[r * C + c];
+      for (int64_t k = 0; k < K; ++k) sum += a[r * a_stride + k] * w[k * C + c];
+      out[r * C + c] = sum;
+    }
+  }
+}
+
+template <class T, int MR>
+void multiply(const T* a, int64_t a_stride, const T* w, int64_t rows, int64_t K, int64_t C, T* out) {
+  int64_t r = 0;
+  for (; r + MR <= rows; r += MR) multiply_rows<T, MR>(a + r * a_stride, a_stride, w, K, C, out + r * C);
+  for (; r + 2 <= rows; r += 2) multiply_rows<T, 2>(a + r * a_stride, a_stride, w, K, C, out + r * C);
+  for (; r < rows; ++r) multiply_rows<T, 1>(a + r * a_stride, a_stride, w, K, C, out + r * C);
+}
+
+template <class T>
+void multiply_add(const T* __restrict a, const T* __restrict b, const T* __restrict c, int64_t count,
+                  T* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = a[i] + b[i] * c[i];
+}
+
+template <class T>
+void lstm_back(const T* __restrict u, const T* __restrict to_gates, const T* __restrict to_c, const T* __restrict kept,
+               int64_t H, T* __restrict c, T* __restrict delta) {
+  for (int64_t i = 0; i < H; ++i) {
+    const T own = c[i] + u[i] * to_c[i];
+    delta[i] = own * to_gates[i];
+    delta[H + i] = own * to_gates[H + i];
+    delta[2 * H + i] = own * to_gates[2 * H + i];
+    delta[3 * H + i] = u[i] * to_gates[3 * H + i];
+    c[i] = own * kept[i];
+  }
+}
+
 template <class T, int MR, int NV>
 constexpr Kernels<T> kernels_of() {
   constexpr int NR = NV * kWidth<T>;
-  return {MR,      NR,           kWidth<T>,    pack<T, MR, NR>, pick<T, NV>, tile<T, MR, NV>, tile_in_place<T, MR, NV>,
-          fold<T>, transpose<T>, depthwise<T>, affine<T>,       gather<T>};
+  return {
+      MR,       NR,           kWidth<T>,    pack<T, MR, NR>, pick<T, NV>,     tile<T, MR, NV>, tile_in_place<T, MR, NV>,
+      fold<T>,  transpose<T>, depthwise<T>, affine<T>,       multiply<T, MR>, multiply_add<T>, lstm_back<T>,
+      gather<T>};
 }
 
 }  // namespace

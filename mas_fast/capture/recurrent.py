@@ -31,6 +31,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from mas_fast.kernels import ops
+from mas_fast.reference_recurrent import steps
+
 _PADDED = "input hx params has_biases num_layers dropout train bidirectional batch_first".split()
 _PACKED = "data batch_sizes hx params has_biases num_layers dropout train bidirectional".split()
 
@@ -183,20 +186,14 @@ class _Walk(NamedTuple):
         """Return a view of the states after each step, [T, N, ·]."""
         return states[:-1] if self.reverse else states[1:]
 
-    def ahead(self, *buffers: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Iterate over views of each [T, N, ·] by step, with the samples that have it."""
-        return self._steps(buffers, backward=self.reverse)
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each step, or nothing where all have all."""
+        return [] if self.packing is None else self.packing.sizes
 
     def back(self, *buffers: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Iterate in the opposite order."""
-        return self._steps(buffers, backward=not self.reverse)
-
-    def _steps(self, buffers: Sequence[Tensor], backward: bool) -> Iterator[tuple[Tensor, ...]]:
-        columns: list[Sequence[Tensor]] = [buffer.unbind(0) for buffer in buffers]
-        if self.packing is not None:
-            sizes = self.packing.sizes
-            columns = [[view[:size] for view, size in zip(column, sizes, strict=True)] for column in columns]
-        return zip(*[column[::-1] if backward else column for column in columns], strict=True)
+        """Iterate over views of each [T, N, ·] by step, from the last one on, with the samples that have it."""
+        return steps(buffers, self.sizes, backward=not self.reverse)
 
     def empty(self, like: Tensor, *shape: int) -> Tensor:
         """Return a buffer to be filled by steps, with zeros where a sample has none."""
@@ -424,11 +421,10 @@ def _lstm_factors(
     # for autograd would take the views that F.linear returns for changed.
     gates = h_gates.data.add_(x_gates).unflatten(-1, (4, -1))  # [T, N, 4, H]
     i, f, g, o = gates.unbind(2)
-    tanh_g = g.tanh()
+    tanh_g = g.clone(memory_format=torch.contiguous_format).tanh_()  # of strided rows, tanh takes three times as long
     gates.sigmoid_()
     c = walk.states(initial, f)
-    for new, kept, before, after in walk.ahead(i * tanh_g, f, walk.before(c), walk.after(c)):
-        torch.addcmul(new, kept, before, out=after)
+    ops.lstm_cells_(c, i * tanh_g, f, walk.sizes, walk.reverse)
     tanh_c = walk.after(c).tanh()
     unprojected = o * tanh_c if states.shape[2] != f.shape[2] else None
     to_c, kept = _tanh_backward(o, tanh_c), f.clone()
@@ -448,17 +444,8 @@ def _lstm_back(
     of_h = walk.gradients(of_y, of_h_n, kept if w_hr is None else kept[..., : w_hr.shape[0]])
     of_c = torch.zeros_like(kept[0]) if of_c_n is None else of_c_n.to(kept.dtype, copy=True)
     delta = walk.empty(to_gates, *to_gates.shape)
-    rows = delta.flatten(2)
-    of_cells, arrived = of_c.expand_as(kept), walk.after(of_h)
-    buffers = (of_cells, of_cells.unsqueeze(2), arrived, walk.before(of_h), to_c, kept, rows)
-    gates = (to_gates[:, :, :3], delta[:, :, :3], to_gates[:, :, 3], delta[:, :, 3])
-    for c, c_each, h, before, u_to_c, c_to_c, row, to_ifg, ifg, to_o, o in walk.back(*buffers, *gates):
-        u = h if w_hr is None else h @ w_hr
-        c.addcmul_(u, u_to_c)
-        torch.mul(c_each, to_ifg, out=ifg)
-        torch.mul(u, to_o, out=o)
-        c.mul_(c_to_c)
-        before.addmm_(row, w_hh)
+    ops.lstm_back_(delta, of_h, of_c, w_hh, w_hr, to_gates, to_c, kept, walk.sizes, walk.reverse)
+    rows, arrived = delta.flatten(2), walk.after(of_h)
     return rows, rows, walk.take_initial(of_h), of_c, *((arrived,) if w_hr is not None else ())
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mas_fast import reference, reference_steps
+from mas_fast import reference, reference_recurrent, reference_steps
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
@@ -49,6 +49,15 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         "(Tensor(a!)? omega_weight, Tensor(b!)? omega_bias, Tensor grad_output, Tensor? input=None, Tensor? mean=None,"
         " Tensor? rstd=None, bool square=False) -> ()",
         reference.accumulate_affine_,
+    ),
+    "lstm_cells_": (
+        "(Tensor(a!) cells, Tensor added, Tensor kept, int[] sizes, bool reverse=False) -> ()",
+        reference_recurrent.lstm_cells_,
+    ),
+    "lstm_back_": (
+        "(Tensor(a!) delta, Tensor(b!) of_h, Tensor(c!) of_c, Tensor w_hh, Tensor? w_hr, Tensor to_gates, Tensor to_c,"
+        " Tensor kept, int[] sizes, bool reverse=False) -> ()",
+        reference_recurrent.lstm_back_,
     ),
     "penalty_grad_": (
         f"(Tensor(a!)[] grads, Tensor[] thetas, {HELD}, Tensor? factors=None, bool add=True,"
@@ -223,11 +232,46 @@ def _on_cuda(op: str) -> tuple[str, str]:
     """Return what runs an op on NVIDIA GPUs, and why nothing faster does."""
     if op.startswith("accumulate_"):
         return ("Triton", "float64 runs the reference") if _gpu_reason is None else ("reference", _gpu_reason)
+    if op.startswith("lstm_"):
+        return "reference", "there is no kernel of its own: a few launches a step"
     if _reference_reason is not None:
         return "reference", _reference_reason
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"mas_fast::{op}", "CUDA"):
         return "CUDA", ""
     return "reference", "not compiled in this installation (MAS_FAST_BUILD=cuda compiles it)"
+
+
+def lstm_cells_(cells: Tensor, added: Tensor, kept: Tensor, sizes: Sequence[int], reverse: bool = False) -> None:
+    """Fill in the cells of an LSTM step by step; see `reference_recurrent.lstm_cells_`."""
+    compiled = _dense_numbers(cells) and all(t.dtype == cells.dtype and t.stride(-1) == 1 for t in (added, kept))
+    run = torch.ops.mas_fast.lstm_cells_ if compiled else reference_recurrent.lstm_cells_
+    run(cells, added, kept, sizes, reverse)
+
+
+def lstm_back_(
+    delta: Tensor,
+    of_h: Tensor,
+    of_c: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    to_gates: Tensor,
+    to_c: Tensor,
+    kept: Tensor,
+    sizes: Sequence[int],
+    reverse: bool = False,
+) -> None:
+    """Go back through the steps of an LSTM; see `reference_recurrent.lstm_back_`."""
+    w_hh = w_hh.contiguous()
+    w_hr = None if w_hr is None else w_hr.contiguous()
+    given = (delta, of_h, of_c, w_hh, to_gates, to_c, kept)
+    compiled = all(_dense_numbers(t) and t.dtype == delta.dtype for t in given)
+    run = torch.ops.mas_fast.lstm_back_ if compiled else reference_recurrent.lstm_back_
+    run(delta, of_h, of_c, w_hh, w_hr, to_gates, to_c, kept, sizes, reverse)
+
+
+def _dense_numbers(t: Tensor) -> bool:
+    """Return whether the compiled kernels of recurrent layers take a tensor."""
+    return t.dtype in (torch.float32, torch.float64) and t.is_contiguous()
 
 
 def accumulate_linear_(omega: Tensor, grad_output: Tensor, input: Tensor, square: bool = False) -> None:

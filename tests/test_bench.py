@@ -1,0 +1,172 @@
+"""The benchmark's commands: what grows, what a comparison says, what README is given."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Last, so that mas_fast is the installed one.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import compare, growth, measure, memory, methods, plot, readme, run  # noqa: E402
+from benchmarks.cases import CASES, CURVES, find_case  # noqa: E402
+
+
+def row(case="mlp", method="mas_fast", ratio=1.2, batches=4, **columns):
+    percentiles = {f"{name}_p{p}": ratio for name in ("ratio", "time_ms") for p in (20, 50, 80)}
+    return {
+        "case": case,
+        "method": method,
+        "device": "cpu",
+        "dtype": "float32",
+        "num_batches": batches,
+        "failure": None,
+        **percentiles,
+        **columns,
+    }
+
+
+def written(folder, rows, name="passes-x-2-threads.json"):
+    folder.mkdir(exist_ok=True)
+    run.write_rows(folder / name, rows)
+    return folder
+
+
+@pytest.mark.parametrize(("now", "code"), [(1.3, 0), (1.37, 0), (1.39, 1), (0.5, 0)])
+def test_a_ratio_of_ours_that_grew_is_told(tmp_path, capsys, now, code):
+    before = written(tmp_path / "before", [row(), row(method="vmap", ratio=5.0)])
+    after = written(tmp_path / "after", [row(ratio=now), row(method="vmap", ratio=9.0)])
+    assert compare.main([str(before), str(after)]) == code
+    said = capsys.readouterr().out
+    assert ("GREW" in said) == bool(code)
+    # A peer that became slower is shown, and is no failure of ours.
+    assert "+80 %  differs" in said
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[1, 2]", '{"case": "mlp"}'])
+def test_a_folder_without_results_is_an_error(tmp_path, capsys, content):
+    good = written(tmp_path / "good", [row()])
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "passes.json").write_text(content)
+    for folder in (tmp_path / "bad", tmp_path / "none"):
+        with pytest.raises(SystemExit):
+            compare.main([str(good), str(folder)])
+        assert str(folder) in capsys.readouterr().err
+
+
+def test_runs_without_a_row_in_common_are_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare.main([str(written(tmp_path / "a", [row()])), str(written(tmp_path / "b", [row(case="lstm")]))])
+    assert "in common" in capsys.readouterr().err
+
+
+def line(ratios, values=(4, 16, 64, 256), **columns):
+    return [
+        row(f"mlp-N={v}", ratio=r, curve="mlp-N", axis="N", value=v, **columns)
+        for v, r in zip(values, ratios, strict=True)
+    ]
+
+
+def test_growth_is_measured_from_where_cost_should_be_flat():
+    assert growth.growth_of(line([9.0, 2.0, 2.2, 1.8])) == pytest.approx(1.1)
+    assert growth.growth_of(line([1.0, 2.0, None, 1.8])) is None
+    assert growth.growth_of(line([1.0], values=(4,))) is None
+
+
+def test_slopes_are_exponents():
+    rows = [{**own, "time_ms_p50": 3.0 * own["value"] ** 1.5} for own in line([1.0] * 4)]
+    assert growth.slope_of(rows, "time_ms_p50") == pytest.approx(1.5)
+    assert growth.slope_of(rows[:2], "time_ms_p50") is None
+
+
+@pytest.mark.parametrize("name", ["mlp-N", "mlp-N=", "mlp-N=x", "mlp=3", "none", "mlp-N=-1"])
+def test_unknown_cases_are_errors_that_list_the_known(name):
+    with pytest.raises(ValueError, match="must be one of mlp"):
+        find_case(name)
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_points_of_curves_are_cases(curve):
+    value = CURVES[curve].values[0]
+    workload = find_case(f"{curve}={value}").build(1)
+    assert workload.model(workload.batches[0]).shape[0] == workload.batch_size
+    if CURVES[curve].axis == "parameters":
+        count = sum(p.numel() for p in workload.model.parameters())
+        assert abs(count / value - 1) < 0.05
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet18_32"])
+def test_large_cases_are_exact(name):
+    workload = CASES[name].build(1).head(2)
+    workload = measure.in_float64(workload)
+    truth = measure.true_importance(workload)
+    error = measure.max_relative_error(methods.mas_fast_pass(workload), truth)
+    assert error < 1e-11
+
+
+def test_the_truth_is_that_of_the_reference():
+    from mas_fast.reference import importance_loop
+
+    torch.manual_seed(0)
+    workload = CASES["mlp"].build(1).head(3)
+    truth = measure.true_importance(workload)
+    for name, omega in importance_loop(workload.model, workload.batches[0]).items():
+        torch.testing.assert_close(truth[name], omega)
+
+
+def test_the_authors_procedure_is_exact_and_leaves_no_gradients():
+    torch.manual_seed(0)
+    workload = CASES["mlp"].build(2).head(5)
+    contender = measure.prepare("authors", workload, measure.true_importance(workload), 1e-5)
+    assert contender.failure is None and contender.error < 1e-5
+    assert all(parameter.grad is None for parameter in workload.model.parameters())
+
+
+def test_a_pass_that_takes_too_long_is_not_timed():
+    torch.manual_seed(0)
+    workload = CASES["mlp"].build(1).head(4)
+    contender = measure.prepare("loop", workload, measure.true_importance(workload), 1e-5, slowest_s=0.0)
+    assert contender.failure == "slower than 0 s a pass" and not contender.times_ms
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+def test_what_needs_more_memory_than_it_may_have_says_so():
+    with pytest.raises(memory.OutOfMemoryError, match=r"more than 0\.0625 GiB"):
+        memory.peak_mib("mlp-N=256", "vmap_whole", 1, "float32", 1, {}, runs=1, limit_gib=0.0625)
+    assert memory.peak_mib("mlp-N=16", "mas_fast", 1, "float32", 1, {}, runs=1, limit_gib=0.0625) < 64
+
+
+@pytest.mark.slow
+def test_a_point_is_measured_with_peers_that_fail_beside_it(tmp_path, capsys):
+    arguments = ["--out", str(tmp_path), "--curves", "language_model-T", "--values", "8", "--rounds", "1"]
+    assert growth.main([*arguments, "--threads", "1", "--methods", "mas_fast", "backpack"]) == 0
+    (path,) = tmp_path.glob("growth-*.json")
+    rows = {own["method"]: own for own in json.loads(path.read_text())}
+    assert rows["mas_fast"]["ratio_p50"] > 0 and rows["mas_fast"]["peak_mib"] > 0
+    # Not installed here, or cannot run it.
+    assert rows["backpack"]["failure"] and rows["backpack"]["time_ms_p50"] is None
+    assert "language model" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_python_only_build_is_measured_in_a_process_of_its_own(tmp_path, capsys):
+    arguments = ["--out", str(tmp_path), "--cases", "mlp", "--batches", "2", "--rounds", "1", "--no-memory"]
+    assert run.main([*arguments, "--threads", "1", "--methods", "mas_fast_python"]) == 0
+    (path,) = tmp_path.glob("passes-*.json")
+    rows = {own["method"]: own for own in json.loads(path.read_text())}
+    assert set(rows["mas_fast_python"]["implementations"].values()) == {"reference"}
+    assert rows["mas_fast_python"]["error"] < 1e-5
+    capsys.readouterr()
+
+
+def test_readme_is_written_from_the_committed_results(capsys):
+    assert readme.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_committed_results_can_be_drawn(tmp_path):
+    assert plot.main(["--out", str(tmp_path)]) == 0
+    for name in ("performance.png", "growth.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
