@@ -82,9 +82,10 @@ $(STAMPS)/peers: pyproject.toml $(INSTALLED)
 bench: $(STAMPS)/peers
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-# Keeps each run under benchmarks/baselines, and compares it with the last one of the same machine.
+# Saves each run in benchmarks/baselines, and shows it beside the one before: at first, that of the repository.
 bench-ops: $(INSTALLED)
-	$(BIN)/pytest benchmarks/test_ops.py --benchmark-autosave --benchmark-compare
+	$(BIN)/pytest benchmarks/test_ops.py --benchmark-storage=file://benchmarks/baselines --benchmark-autosave \
+	  --benchmark-compare --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

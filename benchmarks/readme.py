@@ -87,9 +87,8 @@ def reason(failure: str) -> str:
 
 REASONS = {
     "ModuleNotFoundError": "not installed",
-    "BatchNorm cannot": "refuses batch norm",
-    "No module: 'BatchNorm": "refuses batch norm",
-    "modified by an inplace": "no in-place operations",
+    "doesn't currently support": "refuses batch norm",
+    "being modified inplace": "no in-place operations",
     "grad_batch": "leaves parameters out",
     "only num_layers = 1": "one layer only",
     "is above": "wrong",
