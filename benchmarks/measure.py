@@ -116,27 +116,30 @@ def prepare(
     contender = Contender(name, method.timed_workload(workload))
     choices = [options for options in method.options if options.get("chunk", 0) <= contender.workload.batch_size]
     choices = choices or list(method.options[:1])
-    try:
-        seconds = []
-        for options in choices:
-            contender.options = options
+    seconds: dict[int, float] = {}  # by place among the choices: one that fails leaves the others
+    for place, options in enumerate(choices):
+        contender.options = options
+        try:
             omega = method.run(checked_part(workload), **options)
             if omega is not None:
                 contender.error = max(contender.error or 0.0, max_relative_error(omega, truth))
             if isinstance(omega, Importance):
                 contender.fallbacks = {row.name: row.fallback for row in omega.coverage if row.fallback is not None}
-            if contender.time_pass_s() > slowest_s:
+            first = contender.time_pass_s()
+            if first > slowest_s:
                 contender.failure = f"slower than {slowest_s:.0f} s a pass"
-                return contender
-            seconds.append(contender.time_pass_s())
-    except Exception as failure:
-        # Peers fail in many ways, of which the row tells.
-        if method.is_ours:
-            raise
-        contender.failure = describe_failure(failure)
+                continue
+            seconds[place] = contender.time_pass_s()
+        except Exception as failure:
+            # Peers fail in many ways, of which the row tells.
+            if method.is_ours:
+                raise
+            contender.failure = describe_failure(failure)
+    if not seconds:
         return contender
-    contender.options = choices[seconds.index(min(seconds))]
-    contender.passes = max(1, math.ceil(SHORTEST_TIMING_S / min(seconds)))
+    contender.failure = None
+    contender.options = choices[min(seconds, key=seconds.__getitem__)]
+    contender.passes = max(1, math.ceil(SHORTEST_TIMING_S / min(seconds.values())))
     if method.is_exact and contender.error is not None and contender.error > tolerance:
         contender.failure = f"error {contender.error:.1e} is above {tolerance:.0e}"
     return contender

@@ -52,7 +52,7 @@ def draw_cases(axes: Axes, rows: Sequence[Row]) -> None:
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="center right")
     axes.set_title("Exact importance: what it costs")
 
 

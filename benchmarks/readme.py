@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CURVES
-from benchmarks.growth import FLAT_AXES, FLAT_FROM, growth_of, line_of
+from benchmarks.growth import FLAT_AXES, FLAT_FROM, MAY_GROW, growth_of, line_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -167,11 +167,16 @@ def summary(rows: list[Row], growth: list[Row]) -> str:
         axis: max(((grown[c] or math.inf) - 1 for c in grown if CURVES[c].axis == axis), default=math.inf)
         for axis in FLAT_AXES
     }
-    second = "From " + " and from ".join(
-        f"{axis} = {FLAT_FROM[axis]} to {max(row['value'] for row in growth if row['axis'] == axis)} "
-        f"its cost beside the ordinary backward grows by at most {100 * most[axis]:.0f} %"
+    ends = {axis: max((row["value"] for row in growth if row["axis"] == axis), default=None) for axis in FLAT_AXES}
+    parts = [
+        f"from {axis} = {FLAT_FROM[axis]} to {ends[axis]} "
+        + ("it does not grow" if most[axis] <= 0 else f"it grows by at most {100 * most[axis]:.0f} %")
         for axis in FLAT_AXES
-    )
+        if ends[axis] is not None
+    ]
+    second = f"Beside the ordinary backward, that cost is flat: {', and '.join(parts)}"
+    if max(most.values()) > MAY_GROW - 1:
+        second = second.replace("is flat:", "changes with the size of the data:")
     return f"{first} {second}."
 
 

@@ -131,6 +131,20 @@ def test_a_pass_that_takes_too_long_is_not_timed():
     assert contender.failure == "slower than 0 s a pass" and not contender.times_ms
 
 
+def test_a_choice_that_fails_leaves_the_others(monkeypatch):
+    torch.manual_seed(0)
+    workload = CASES["mlp"].build(1).head(8)
+
+    def fails_on_large_chunks(workload, chunk):
+        if chunk > 4:
+            raise RuntimeError("too large")
+        return methods.vmap(workload, chunk)
+
+    monkeypatch.setitem(methods.METHODS, "vmap", methods.Method(fails_on_large_chunks, options=methods.CHUNKS))
+    contender = measure.prepare("vmap", workload, measure.true_importance(workload), 1e-5)
+    assert contender.failure is None and contender.options == {"chunk": 4}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 def test_what_needs_more_memory_than_it_may_have_says_so():
