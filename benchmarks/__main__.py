@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks import compare, growth, run, steps
 
 SMALL_CASES = ("mlp", "conv_net", "transformer", "lstm")
+SMALL_METHODS = ("mas_fast", "loop", "vmap", "opacus", "backpack", "batch_mode")
 SMALL_CURVES = {"mlp-N": (16, 1024), "language_model-T": (64, 512)}
 SMALL_GROWTH_METHODS = ("mas_fast", "vmap")
 
@@ -23,10 +24,11 @@ def measure(out: Path, small: bool) -> int:
     common = ["--out", str(out)]
     if not small:
         return max(run.main(common), growth.main(common), steps.main([*common, "--rounds", "25"]))
-    failed = run.main([*common, "--cases", *SMALL_CASES, "--batches", "0", "--rounds", "5", "--no-memory"])
+    options = ["--cases", *SMALL_CASES, "--methods", *SMALL_METHODS, "--batches", "0", "--rounds", "3", "--no-memory"]
+    failed = run.main([*common, *options])
     for curve, values in SMALL_CURVES.items():
         points = [str(value) for value in values]
-        options = ["--curves", curve, "--values", *points, "--methods", *SMALL_GROWTH_METHODS]
+        options = ["--curves", curve, "--values", *points, "--methods", *SMALL_GROWTH_METHODS, "--rounds", "3"]
         failed |= growth.main([*common, *options])
     return failed | steps.main([*common, "--rounds", "7"])
 
