@@ -1,7 +1,7 @@
 """Measure all that the README's performance section says: `python -m benchmarks --out DIR [--small]`.
 
 Whole passes against what else there is, how cost grows, and the training step. `--small` leaves out what takes long:
-under ten minutes on two cores, with the rows that it measures as the full setting measures them.
+minutes on two cores, with the rows that it measures as the full setting measures them.
 """
 
 from __future__ import annotations
