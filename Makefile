@@ -82,10 +82,11 @@ $(STAMPS)/peers: pyproject.toml $(INSTALLED)
 bench: $(STAMPS)/peers
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-# Saves each run in benchmarks/baselines, and shows it beside the one before: at first, that of the repository.
+# Saves each run in benchmarks/baselines, and shows it beside the one before, if there is one of this machine's kind.
 bench-ops: $(INSTALLED)
-	$(BIN)/pytest benchmarks/test_ops.py --benchmark-storage=file://benchmarks/baselines --benchmark-autosave \
-	  --benchmark-compare --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(BIN)/pytest benchmarks/test_ops.py -W ignore::pytest_benchmark.logger.PytestBenchmarkWarning \
+	  --benchmark-storage=file://benchmarks/baselines --benchmark-autosave --benchmark-compare \
+	  --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
