@@ -319,7 +319,7 @@ class TestPlan:
         assert mas._held(asked).lams == [1.0, 0.0, 1.0]
         assert mas._unknown([foreign, weight, bias, nn.Parameter(torch.ones(1))]) == [0, 3]
 
-    def test_a_step_costs_little_beside_the_op(self):
+    def test_a_step_costs_little_beside_the_op(self, monkeypatch):
         # 700 parameters of one entry each: all but the op is Python. Half a millisecond is usual.
         model = Bag([torch.zeros(1) for _ in range(700)])
         mas = MAS(model)
@@ -333,10 +333,10 @@ class TestPlan:
             call()
             return time.perf_counter() - start
 
-        calls = mas.add_penalty_grad_, lambda: steps.add_penalty_grad_(grads, thetas, group.held)
-        # In turn, so that both meet the same weather.
-        whole, op = map(min, zip(*([time_of(call) for call in calls] for _ in range(100)), strict=True))
-        assert whole - op <= 2e-3
+        # Without the op itself: in plain torch it takes 45 ms, whose noise is as large as what is measured.
+        sums = steps.add_penalty_grad_(grads, thetas, group.held)
+        monkeypatch.setattr(steps, "add_penalty_grad_", lambda *given: sums)
+        assert min(time_of(mas.add_penalty_grad_) for _ in range(100)) <= 2e-3
 
 
 class TestCompile:
