@@ -79,6 +79,9 @@ LAYOUTS = {
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
     "strided": lambda t: torch.stack([t, torch.full_like(t, math.nan)], -1)[..., 0],
     "offset": lambda t: torch.cat([torch.full_like(t[:1], math.nan), t])[1:] if len(t) else t,
+    "stride_of_axes_of_one": lambda t: t.as_strided(
+        t.shape, [step if size != 1 else 10_007 for size, step in zip(t.shape, t.stride(), strict=True)]
+    ),
 }
 OMEGA_LAYOUTS = {
     "contiguous": lambda t: t,
@@ -127,7 +130,7 @@ def test_linear(name, dtype, square):
 @pytest.mark.parametrize("omega_layout", OMEGA_LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["ragged", "one_position", "longer_than_a_block"])
+@pytest.mark.parametrize("name", ["ragged", "one_position", "one_output", "one_input", "longer_than_a_block"])
 def test_linear_memory(name, dtype, layout, omega_layout):
     torch.manual_seed(0)
     n, t, o, i = LINEAR[name]
@@ -149,6 +152,8 @@ CONV = {
     "2d_pointwise": (3, 1, 9, 33, [5, 6], [1, 1], [1, 1], [0, 0], [1, 1]),
     "2d_pointwise_strided": (3, 1, 9, 7, [5, 6], [1, 1], [2, 3], [1, 0], [1, 1]),
     "2d_one_position": (5, 1, 9, 7, [3, 3], [3, 3], [1, 1], [0, 0], [1, 1]),
+    "2d_one_column": (3, 1, 9, 7, [6, 1], [3, 1], [1, 1], [1, 0], [1, 1]),
+    "2d_one_row": (3, 1, 9, 16, [1, 6], [1, 3], [1, 1], [0, 1], [1, 1]),
     "2d_grouped": (2, 3, 5, 4, [6, 7], [3, 3], [1, 2], [1, 1], [2, 1]),
     "2d_many_positions": (2, 1, 4, 3, [50, 50], [3, 3], [1, 1], [1, 1], [1, 1]),
     "2d_in_place_several_samples": (5, 1, 16, 32, [20, 20], [3, 3], [1, 1], [1, 1], [1, 1]),
@@ -202,7 +207,18 @@ CONV_LAYOUTS = {
 @pytest.mark.parametrize("which", ["grad_output", "input", "both"])
 @pytest.mark.parametrize("layout", CONV_LAYOUTS)
 @pytest.mark.parametrize(
-    "name", ["1d", "2d_ragged", "2d_pointwise", "2d_grouped", "3d", "depthwise_2d", "depthwise_3d"]
+    "name",
+    [
+        "1d",
+        "2d_ragged",
+        "2d_pointwise",
+        "2d_one_column",
+        "2d_one_row",
+        "2d_grouped",
+        "3d",
+        "depthwise_2d",
+        "depthwise_3d",
+    ],
 )
 def test_conv_memory(name, layout, which):
     torch.manual_seed(0)

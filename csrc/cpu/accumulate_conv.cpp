@@ -104,15 +104,39 @@ std::vector<int64_t> kernel_offsets(const Geometry& g) {
   return offset;
 }
 
-// δ of one sample as [p, o]; joins the output axes, which must lie as in a contiguous tensor up to one common stride.
-Matrix delta_matrix(const View& delta, int64_t n, int64_t output) {
-  return {delta.at(n * delta.stride[0] + output * delta.stride[1]), delta.stride[delta.dims - 1], delta.stride[1]};
+// From one position to the next: the stride of the last axis that has a next one, since those of length 1 have any.
+int64_t position_stride(const Tensor& t) {
+  int64_t a = t.dim() - 1;
+  while (a > 2 && t.size(a) == 1) --a;
+  return t.stride(a);
 }
+// Whether the positions of a tensor are one run with one stride, as channels-first and channels-last memory have them.
+bool positions_joined(const Tensor& t) {
+  int64_t expected = position_stride(t);
+  for (int64_t a = t.dim() - 1; a >= 2; --a) {
+    if (t.size(a) != 1 && t.stride(a) != expected) return false;
+    expected *= t.size(a);
+  }
+  return true;
+}
+
+// δ whose positions are joined.
+struct Deltas : View {
+  explicit Deltas(const Tensor& t) : View(t), position(position_stride(t)) {}
+
+  // One sample as [p, o].
+  Matrix sample(int64_t n, int64_t output) const {
+    return {at(n * stride[0] + output * stride[1]), position, stride[1]};
+  }
+
+  int64_t position;
+};
 
 template <class T>
 void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tensor& x, bool square) {
   const Kernels<T>& kernel = kernels_for<T>();
-  const View deltas(delta), inputs(x);
+  const Deltas deltas(delta);
+  const View inputs(x);
   const int64_t C = g.channels, group_channels = C / g.groups, group_outputs = g.outputs / g.groups;
   const int64_t K = g.entries(), columns = K * group_channels;
   // Channels in whole vectors are read where they are; the last vectors of the last panel read once more what counts
@@ -134,7 +158,7 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
   };
   const auto pack_delta = [&](int64_t group, int64_t n, int64_t first, T* dst) {
     const int64_t width = kernel.tile_rows;
-    kernel.pack(deltas.type, delta_matrix(deltas, n, group * group_outputs + first), shape.rows,
+    kernel.pack(deltas.type, deltas.sample(n, group * group_outputs + first), shape.rows,
                 std::min(width, group_outputs - first), width, Magnitude::kPlain, dst);
   };
   // Columns are (kernel entry, channel) pairs. Channels stand together in the images, kernel entries in Ω: going
@@ -169,7 +193,8 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
 template <class T>
 void run_depthwise(Tensor& omega, const Geometry& g, const Tensor& delta, const Tensor& x, bool square) {
   const Kernels<T>& kernel = kernels_for<T>();
-  const View view(delta), inputs(x);
+  const Deltas view(delta);
+  const View inputs(x);
   const int64_t C = g.channels, P = g.positions(), K = g.entries(), image = g.padded_positions() * C;
   const std::vector<int64_t> base = position_bases(g), offset = kernel_offsets(g);
   const Scratch<T> images(image), deltas(P * C), totals(K * C), sums(K * C);
@@ -178,7 +203,7 @@ void run_depthwise(Tensor& omega, const Geometry& g, const Tensor& delta, const 
   const int64_t step = std::min<int64_t>(C, 64 / int64_t(sizeof(T)));
   for (int64_t n = 0; n < delta.size(0); ++n) {
     copy_padded(g, inputs, n, images.get());
-    const Matrix rows = delta_matrix(view, n, 0);
+    const Matrix rows = view.sample(n, 0);
     kernel.transpose(view.type, {rows.data, rows.column_stride, rows.row_stride}, C, P, deltas.get(), C);
     torch::stable::parallel_for(0, ceil_div(C, step), 1, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin * step; c < std::min(end * step, C); c += step) {
@@ -195,16 +220,6 @@ void run_depthwise(Tensor& omega, const Geometry& g, const Tensor& delta, const 
     for (int64_t i = 0; i < width; ++i)
       for (int64_t k = 0; k < K; ++k) out[(c + i) * K + k] += totals[c * K + k * width + i];
   }
-}
-
-// Whether the positions of a tensor are one run with one stride, as channels-first and channels-last memory have them.
-bool positions_joined(const Tensor& t) {
-  int64_t expected = t.stride(t.dim() - 1);
-  for (int64_t a = t.dim() - 1; a >= 2; --a) {
-    if (t.size(a) != 1 && t.stride(a) != expected) return false;
-    expected *= t.size(a);
-  }
-  return true;
 }
 
 void accumulate_conv_(Tensor omega, const Tensor grad_output, const Tensor input, std::vector<int64_t> stride,
