@@ -34,18 +34,23 @@ def measure(out: Path, small: bool) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, and compare where asked to."""
+    """Measure, and compare where asked to; return 1 if a row of mas_fast is wrong or its ratio grew."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results files")
     parser.add_argument("--small", action="store_true", help="in minutes")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="results to print the ratios beside")
     arguments = parser.parse_args(argv)
+    if arguments.compare is not None:
+        try:
+            compare.read_folder(arguments.compare)
+        except ValueError as error:
+            parser.error(str(error))
     start = time.monotonic()
     failed = measure(arguments.out, arguments.small)
     print(f"\nmeasured in {(time.monotonic() - start) / 60:.1f} minutes")
     if arguments.compare is not None:
         print(f"\nratios in {arguments.compare} → now")
-        compare.main([str(arguments.compare), str(arguments.out)])
+        failed |= compare.main([str(arguments.compare), str(arguments.out)])
     return failed
 
 

@@ -1,6 +1,6 @@
 """Measure how cost grows with samples, positions and parameters: `python -m benchmarks.growth --out DIR`.
 
-Every point is timed in a fresh process, all methods interleaved, and the peak of each method is measured in another.
+At every point each method is timed in a fresh process, beside the ordinary backward, and its peak measured in another.
 A process may take `--memory-limit` GiB more than it starts with: what needs more is out of memory, and the row says so.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import CURVES, find_case
-from benchmarks.measure import prepare, time_interleaved, true_importance
-from benchmarks.memory import MIB, OUT_OF_MEMORY, OutOfMemoryError, limit_memory, out_of_memory, peak_mib
+from benchmarks.cases import CURVES
+from benchmarks.memory import OutOfMemoryError, peak_mib
 from benchmarks.methods import METHODS, OURS, UNIT
 from benchmarks.provenance import describe_run
-from benchmarks.run import SLOWEST_S, TOLERANCES, Row, describe_contender, fresh_process, results_path, write_rows
+from benchmarks.run import Row, describe, percentiles, results_path, writable, write_rows
+from benchmarks.side_by_side import Setting, measure_side_by_side
 
 # What is compared; "vmap_whole" is vmap(grad) as most would write it first, all samples of a batch at once.
 COMPARED = (UNIT, OURS, "loop", "vmap", "vmap_whole", "opacus", "backpack")
@@ -30,18 +30,33 @@ FLAT_AXES = ("N", "T")
 
 
 def measure_point(curve: str, value: int, methods: Sequence[str], arguments: argparse.Namespace) -> list[Row]:
-    """Measure one point of a curve: times in one fresh process, each peak in another."""
-    with fresh_process(arguments.threads) as process:
-        rows = process.submit(time_point, curve, value, methods, arguments.rounds, arguments.memory_limit).result()
+    """Measure one point of a curve: times and peaks, each in fresh processes."""
     case = f"{curve}={value}"
-    for row in rows:
-        row["peak_mib"] = None
+    num_batches = CURVES[curve].case(value).num_batches
+    setting = Setting(
+        case, num_batches, threads=arguments.threads, rounds=arguments.rounds, limit_gib=arguments.memory_limit
+    )
+    rows: list[Row] = []
+    for method, lane in measure_side_by_side(setting, methods).items():
+        row = {
+            "case": case,
+            "curve": curve,
+            "axis": CURVES[curve].axis,
+            "value": value,
+            "device": "cpu",
+            "dtype": "float32",
+            "num_batches": num_batches,
+            "error_bar": setting.tolerance,
+            "memory_limit_gib": arguments.memory_limit,
+            **describe(method, lane),
+            "peak_mib": None,
+        }
         if row["failure"] is None:
             try:
                 row["peak_mib"] = peak_mib(
                     case,
-                    row["method"],
-                    CURVES[curve].case(value).num_batches,
+                    method,
+                    num_batches,
                     "float32",
                     arguments.threads,
                     row["options"],
@@ -49,37 +64,9 @@ def measure_point(curve: str, value: int, methods: Sequence[str], arguments: arg
                     limit_gib=arguments.memory_limit,
                 )
             except OutOfMemoryError as failure:
-                row["failure"] = str(failure)
+                row |= {"failure": str(failure), **percentiles("time_ms", []), **percentiles("ratio", [])}
+        rows.append(row)
     return rows
-
-
-def time_point(curve: str, value: int, methods: Sequence[str], rounds: int, limit_gib: float) -> list[Row]:
-    """Check and time all methods on one point, in this process."""
-    case = find_case(f"{curve}={value}")
-    workload = case.build(case.num_batches)
-    truth = true_importance(workload)
-    limit_memory(limit_gib)
-    contenders = [prepare(name, workload, truth, TOLERANCES["float32"], SLOWEST_S) for name in methods]
-    time_interleaved(contenders, rounds, workload.batch_size)
-    for contender in contenders:
-        if contender.failure is not None and OUT_OF_MEMORY in contender.failure:
-            contender.failure = out_of_memory(limit_gib)
-    unit = contenders[methods.index(UNIT)]
-    shared = {
-        "case": f"{curve}={value}",
-        "curve": curve,
-        "axis": CURVES[curve].axis,
-        "value": value,
-        "device": "cpu",
-        "dtype": "float32",
-        "num_batches": case.num_batches,
-        "batch_size": workload.batch_size,
-        "parameters": sum(omega.numel() for omega in truth.values()),
-        "omega_mib": sum(omega.numel() for omega in truth.values()) * 4 / MIB,
-        "error_bar": TOLERANCES["float32"],
-        "memory_limit_gib": limit_gib,
-    }
-    return [{**shared, **describe_contender(contender, unit)} for contender in contenders]
 
 
 def growth_of(rows: Sequence[Row]) -> float | None:
@@ -150,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, write, print; return 1 if an error bar is broken."""
     arguments = parse_arguments(argv)
     run: dict[str, Any] = describe_run(arguments.threads)
-    path = results_path(arguments.out, run, "growth")
+    path = writable(results_path(arguments.out, run, "growth"))
     rows: list[Row] = []
     for curve in arguments.curves:
         for value in arguments.values or CURVES[curve].values:

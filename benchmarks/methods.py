@@ -46,7 +46,7 @@ def loop(workload: Workload) -> Omega:
             for total, gradient in zip(omega.values(), gradients, strict=True):
                 total += gradient.abs_()
         num_samples += len(batch)
-    return {name: total / num_samples for name, total in omega.items()}
+    return {name: total.div_(num_samples) for name, total in omega.items()}
 
 
 def vmap(workload: Workload, chunk: int) -> Omega:
@@ -66,7 +66,7 @@ def vmap(workload: Workload, chunk: int) -> Omega:
             for name, gradients in chunk_gradients(parameters, samples).items():  # [chunk, *parameter.shape]
                 omega[name] += gradients.abs_().sum(0)
         num_samples += len(batch)
-    return {name: total / num_samples for name, total in omega.items()}
+    return {name: total.div_(num_samples) for name, total in omega.items()}
 
 
 def vmap_whole(workload: Workload) -> Omega:
@@ -81,7 +81,7 @@ class Method:
     Attributes:
         run: Takes a workload and one of `options`; returns Ω, or None if it computes none.
         options: Keyword arguments to choose from; the fastest at warm-up is the one that is timed.
-        sample_limit: Time this many samples of the first batch at most and scale to a batch; None times every batch.
+        sample_limit: Time this many samples at most, of one batch or of several whole ones; None times every batch.
         batch_limit: The same in batches.
         is_exact: Whether an error above the tolerance is a failure; else it is shown, and the time too.
         environment: Variables of the process that it needs; it is then measured in one of its own, with the unit.
@@ -101,11 +101,13 @@ class Method:
     def timed_workload(self, workload: Workload) -> Workload:
         """Cut the workload to what this method is timed on."""
         if self.sample_limit is not None:
-            return workload.head(min(self.sample_limit, workload.batch_size))
+            if workload.batch_size >= self.sample_limit:
+                return workload.head(self.sample_limit)
+            return replace(workload, batches=workload.batches[: self.sample_limit // workload.batch_size])
         return replace(workload, batches=workload.batches[: self.batch_limit])
 
 
-CHUNKS = tuple({"chunk": chunk} for chunk in (4, 8, 16, 64))
+CHUNKS = tuple({"chunk": chunk} for chunk in (4, 8, 16, 32, 64))
 UNIT = "batched_backward"
 OURS = "mas_fast"
 METHODS: dict[str, Method] = {
@@ -114,8 +116,8 @@ METHODS: dict[str, Method] = {
     "mas_fast_python": Method(
         mas_fast_pass, batch_limit=4, is_ours=True, environment={"MAS_FAST_KERNELS": "reference"}
     ),
-    "loop": Method(loop, sample_limit=8),
-    "authors": Method(peers.authors, sample_limit=8),
+    "loop": Method(loop, sample_limit=32),
+    "authors": Method(peers.authors, sample_limit=32),
     "vmap": Method(vmap, options=CHUNKS, sample_limit=64),
     "vmap_whole": Method(vmap_whole, is_default=False),
     "opacus": Method(peers.opacus, options=CHUNKS, sample_limit=64),

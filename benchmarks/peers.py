@@ -139,7 +139,7 @@ def _reduced(workload: Workload, chunk: int, gradients: PerSample) -> dict[str, 
                 total = own.abs_().sum(0)
                 omega[name] = omega[name].add_(total) if name in omega else total
         num_samples += len(batch)
-    return {name: total / num_samples for name, total in omega.items()}
+    return {name: total.div_(num_samples) for name, total in omega.items()}
 
 
 def requirements() -> list[str]:

@@ -9,116 +9,57 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.cases import CASES, find_case
-from benchmarks.measure import Contender, prepare, time_interleaved, true_importance
-from benchmarks.memory import MIB, peak_mib
+from benchmarks.memory import peak_mib
 from benchmarks.methods import METHODS, OURS, UNIT
-from benchmarks.provenance import describe_implementations, describe_run
+from benchmarks.provenance import describe_run
+from benchmarks.side_by_side import TOLERANCES, Lane, Setting, measure_side_by_side
 
 Row = dict[str, Any]
 
-TOLERANCES = {"float32": 1e-5, "float64": 1e-11}
-# A pass that takes longer is not measured, and the row says so.
-SLOWEST_S = 60.0
 KEY = ("case", "method", "device", "dtype", "num_batches")
 
 
 def measure_case(case: str, num_batches: int, arguments: argparse.Namespace) -> list[Row]:
     """Measure every method on one case and return one row each."""
-    here = [name for name in arguments.methods if not METHODS[name].environment]
-    rows = measure_methods(case, num_batches, here, arguments)
-    for name in arguments.methods:
-        if METHODS[name].environment:
-            with in_environment(METHODS[name].environment), fresh_process(arguments.threads) as process:
-                elsewhere = process.submit(measure_methods, case, num_batches, [UNIT, name], arguments).result()
-            rows.append(elsewhere[1])
-    return sorted(rows, key=lambda row: list(METHODS).index(row["method"]))
-
-
-def measure_methods(case: str, num_batches: int, methods: list[str], arguments: argparse.Namespace) -> list[Row]:
-    """Measure methods side by side in this process; the unit is among them."""
     build = find_case(case)
-    workload = build.build(num_batches, getattr(torch, arguments.dtype))
-    tolerance = TOLERANCES[arguments.dtype if build.decided else "float64"]
-    truth = true_importance(workload)
-    contenders = [prepare(name, workload, truth, tolerance, SLOWEST_S) for name in methods]
-    time_interleaved(contenders, arguments.rounds, workload.batch_size)
-
-    unit = contenders[methods.index(UNIT)]
-    shared = {
-        "case": case,
-        "device": "cpu",
-        "dtype": arguments.dtype,
-        "num_batches": num_batches,
-        "batch_size": workload.batch_size,
-        "omega_mib": sum(omega.numel() for omega in truth.values()) * getattr(torch, arguments.dtype).itemsize / MIB,
-        "error_dtype": arguments.dtype if build.decided else "float64",
-        "implementations": describe_implementations("cpu"),
-    }
-    rows = [{**shared, **describe_contender(contender, unit)} for contender in contenders]
-    for row, contender in zip(rows, contenders, strict=True):
+    setting = Setting(case, num_batches, arguments.dtype, arguments.threads, arguments.rounds)
+    lanes = measure_side_by_side(setting, arguments.methods)
+    rows = [
+        {"case": case, "device": "cpu", "dtype": arguments.dtype, "num_batches": num_batches, **describe(method, lane)}
+        for method, lane in lanes.items()
+    ]
+    for row in rows:
+        row["error_dtype"] = arguments.dtype if build.decided else "float64"
         # The bar is set for a pass over a data set; a single batch also bears what is paid once.
-        row["ratio_bar"] = build.ratio_bar if contender.method == OURS and num_batches > 1 else None
-        judged = contender.error is not None and METHODS[contender.method].is_exact
-        row["error_bar"] = tolerance if judged else None
+        row["ratio_bar"] = build.ratio_bar if row["method"] == OURS and num_batches > 1 else None
+        judged = row["error"] is not None and METHODS[row["method"]].is_exact
+        row["error_bar"] = setting.tolerance if judged else None
         row["peak_mib"] = row["peak_bar_mib"] = None
-        if arguments.memory and num_batches > 1 and contender.failure is None:
-            options = contender.options
-            row["peak_mib"] = peak_mib(case, contender.method, num_batches, arguments.dtype, arguments.threads, options)
-    unit_peak_mib = rows[methods.index(UNIT)]["peak_mib"]
+        if arguments.memory and num_batches > 1 and row["failure"] is None:
+            options = row["options"]
+            row["peak_mib"] = peak_mib(case, row["method"], num_batches, arguments.dtype, arguments.threads, options)
+    unit_peak_mib = rows[0]["peak_mib"]
     for row in rows:
         if row["method"] == OURS and unit_peak_mib is not None:
             row["peak_bar_mib"] = unit_peak_mib + row["omega_mib"] + build.joined_mib
     return rows
 
 
-@contextmanager
-def in_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def fresh_process(threads: int) -> ProcessPoolExecutor:
-    """Return an executor of one new process."""
-    return ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,))
-
-
-def describe_contender(contender: Contender, unit: Contender) -> Row:
-    """Return the columns that `measure.py` filled."""
+def describe(method: str, lane: Lane) -> Row:
+    """Return the columns that `side_by_side.py` filled."""
     return {
-        "method": contender.method,
-        "options": contender.options,
-        "samples_timed": contender.samples_timed,
-        "rounds": len(contender.times_ms),
-        **percentiles("time_ms", contender.times_ms),
-        **percentiles("ratio", ratios_to(unit, contender)),
-        "error": contender.error,
-        "fallbacks": contender.fallbacks,
-        "failure": contender.failure,
+        "method": method,
+        **lane.columns,
+        "rounds": len(lane.times_ms),
+        **percentiles("time_ms", lane.times_ms),
+        **percentiles("ratio", [own / unit for own, unit in zip(lane.times_ms, lane.unit_times_ms, strict=True)]),
     }
-
-
-def ratios_to(unit: Contender, contender: Contender) -> list[float]:
-    """Return the contender's time over the unit's, round by round."""
-    return [time / unit_time for time, unit_time in zip(contender.times_ms, unit.times_ms, strict=False)]
 
 
 def percentiles(name: str, values: list[float]) -> dict[str, float | None]:
@@ -135,13 +76,42 @@ def results_path(folder: Path, run: Row, kind: str = "passes") -> Path:
     return folder / f"{kind}-{slug}-{run['machine']['threads']}-threads.json"
 
 
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a results file; none where there is no file.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON, got {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(KEY) <= set(row) for row in rows):
+        raise ValueError(f"{path} must hold a list of rows, each with {', '.join(KEY)}")
+    return rows
+
+
+def writable(path: Path) -> Path:
+    """Return a results file's path, once it is known that rows can be written there: before they are measured.
+
+    Raises:
+        ValueError: It holds something else.
+        OSError: Its folder cannot be made or written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        read_rows(path)
+    return path
+
+
 def write_rows(path: Path, rows: list[Row]) -> None:
     """Write the rows, one a line, over those of the same key in the file; atomically: a file is whole or untouched."""
-    merged = {key_of(row): row for row in (json.loads(path.read_text()) if path.exists() else [])}
-    merged.update({key_of(row): row for row in rows})
+    merged = {key_of(row): row for row in [*read_rows(path), *rows]}
     lines = [json.dumps(finite(row), allow_nan=False) for row in merged.values()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
         file.write("[\n" + ",\n".join(lines) + "\n]\n")
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
@@ -177,8 +147,8 @@ def print_table(rows: list[Row]) -> None:
     lines = [header]
     for row in rows:
         notes = [f"{name} {value}" for name, value in row["options"].items()]
-        if row["samples_timed"] < row["batch_size"]:
-            notes.append(f"timed on {row['samples_timed']} samples, scaled to {row['batch_size']}")
+        if row["samples_timed"] < row["batch_size"] * row["num_batches"]:
+            notes.append(f"timed on {row['samples_timed']} samples")
         if row["fallbacks"]:
             notes.append(f"{len(row['fallbacks'])} parameters through the loop")
         if not METHODS[row["method"]].is_exact:
@@ -232,11 +202,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, write, print; return 1 if an error bar is broken, or with --strict any bar."""
+    """Measure, write, print; return 1 if a row of ours has no time, or with --strict misses a bar."""
     arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
     run = describe_run(arguments.threads)
-    path = results_path(arguments.out, run)
+    path = writable(results_path(arguments.out, run))
     rows: list[Row] = []
     for case in arguments.cases:
         for num_batches in (batches or CASES[case].num_batches for batches in arguments.batches):
@@ -253,7 +223,8 @@ def main(argv: list[str] | None = None) -> int:
         bars += [("ratio_p50", "ratio_bar"), ("peak_mib", "peak_bar_mib")]
     # That a peer is wrong, its row says.
     own = [row for row in rows if METHODS[row["method"]].is_ours]
-    return int(any(verdict(row[value], row[bar]) == "MISS" for row in own for value, bar in bars))
+    missed = any(verdict(row[value], row[bar]) == "MISS" for row in own for value, bar in bars)
+    return int(missed or any(row["failure"] for row in own))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import mas_fast
 from benchmarks.provenance import describe_run
-from benchmarks.run import Row, percentiles, results_path, verdict, write_rows
+from benchmarks.run import Row, percentiles, results_path, verdict, writable, write_rows
 from mas_fast import MAS, Importance
 
 LAM = 0.5
@@ -281,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a bar of time is missed, too")
     arguments = parser.parse_args(argv)
     run = describe_run(arguments.threads)
+    path = writable(results_path(arguments.out, run, "steps"))
     rows: list[Row] = []
     for operation in arguments.operations:
         for case in arguments.cases:
@@ -288,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
             measured = measure_afresh(operation, case, methods, arguments.rounds, arguments.threads)
             measured = [{**row, **run} for row in measured]
             rows += measured
-            write_rows(results_path(arguments.out, run, "steps"), measured)
+            write_rows(path, measured)
     print_table(rows)
     missed = any(verdict(row["ratio_p50"], row["ratio_bar"]) == "MISS" for row in rows)
     return int(any(row["failure"] for row in rows) or (arguments.strict and missed))

@@ -10,7 +10,7 @@ import torch
 # Last, so that mas_fast is the installed one.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import compare, growth, measure, memory, methods, plot, readme, run  # noqa: E402
+from benchmarks import cases, compare, growth, measure, memory, methods, plot, readme, run  # noqa: E402
 from benchmarks.cases import CASES, CURVES, find_case  # noqa: E402
 
 
@@ -43,6 +43,41 @@ def test_a_ratio_of_ours_that_grew_is_told(tmp_path, capsys, now, code):
     assert ("GREW" in said) == bool(code)
     # A peer that became slower is shown, and is no failure of ours.
     assert "+80 %  differs" in said
+
+
+def test_a_row_of_ours_without_a_time_any_more_is_told(tmp_path, capsys):
+    before = written(tmp_path / "before", [row(), row(method="vmap", ratio=5.0), row(method="loop", ratio=7.0)])
+    lost = row(ratio=None, failure="error 3e-02 is above 1e-05")
+    after = written(tmp_path / "after", [lost, row(method="vmap", ratio=None, failure="out of memory")])
+    assert compare.main([str(before), str(after)]) == 1
+    said = capsys.readouterr().out
+    assert "error 3e-02 is above" in said and "out of memory" in said and "0 of 1 ratios" in said
+    # The other way round: it had none, and has one.
+    assert compare.main([str(after), str(before)]) == 0
+
+
+def test_files_of_two_machines_are_not_taken_for_one(tmp_path, capsys):
+    folder = written(written(tmp_path / "both", [row()]), [row(ratio=9.0)], "passes-y-2-threads.json")
+    with pytest.raises(SystemExit):
+        compare.main([str(folder), str(folder)])
+    assert "one file of a kind" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-0.1"])
+def test_a_tolerance_that_says_nothing_is_an_error(tmp_path, capsys, tolerance):
+    folder = str(written(tmp_path / "one", [row()]))
+    with pytest.raises(SystemExit):
+        compare.main([folder, folder, "--tolerance", tolerance])
+    assert "must not be negative" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[1]", '[{"case": "mlp"}]'])
+def test_a_file_that_rows_cannot_be_added_to_is_an_error_before_measuring(tmp_path, content):
+    path = tmp_path / "passes-x-2-threads.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"passes-x-2-threads\.json must hold"):
+        run.writable(path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "[1, 2]", '{"case": "mlp"}'])
@@ -128,7 +163,7 @@ def test_a_pass_that_takes_too_long_is_not_timed():
     torch.manual_seed(0)
     workload = CASES["mlp"].build(1).head(4)
     contender = measure.prepare("loop", workload, measure.true_importance(workload), 1e-5, slowest_s=0.0)
-    assert contender.failure == "slower than 0 s a pass" and not contender.times_ms
+    assert contender.failure == "slower than 0 s a pass"
 
 
 def test_a_choice_that_fails_leaves_the_others(monkeypatch):
@@ -143,6 +178,28 @@ def test_a_choice_that_fails_leaves_the_others(monkeypatch):
     monkeypatch.setitem(methods.METHODS, "vmap", methods.Method(fails_on_large_chunks, options=methods.CHUNKS))
     contender = measure.prepare("vmap", workload, measure.true_importance(workload), 1e-5)
     assert contender.failure is None and contender.options == {"chunk": 4}
+
+
+@pytest.mark.parametrize(("limit", "size", "batches"), [(8, 4, [4, 4]), (8, 32, [8]), (8, 5, [5]), (None, 4, [4] * 3)])
+def test_peers_are_timed_on_whole_batches_or_a_part_of_one(limit, size, batches):
+    workload = cases.replace(CASES["mlp"], batch_size=size).build(3)
+    timed = methods.Method(methods.loop, sample_limit=limit).timed_workload(workload)
+    assert [len(batch) for batch in timed.batches] == batches
+
+
+def test_what_is_timed_is_checked_where_float32_decides_branches(monkeypatch):
+    workload = cases.replace(CASES["mlp"], decided=False).build(1).head(4)
+    truth = measure.true_importance(workload)
+    contender = measure.prepare("mas_fast", workload, truth, 1e-11)
+    assert contender.failure is None and contender.error < 1e-11 < contender.error_as_timed < 1e-5
+
+    def wrong_in_float32(workload):
+        omega = methods.loop(workload)
+        return {name: 1.1 * own if own.dtype == torch.float32 else own for name, own in omega.items()}
+
+    monkeypatch.setitem(methods.METHODS, "loop", methods.Method(wrong_in_float32))
+    contender = measure.prepare("loop", workload, truth, 1e-11)
+    assert contender.error < 1e-11 and contender.failure == "error 1.0e-01 is above 2e-02"
 
 
 @pytest.mark.slow
