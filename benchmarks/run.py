@@ -25,11 +25,11 @@ Row = dict[str, Any]
 KEY = ("case", "method", "device", "dtype", "num_batches")
 
 
-def measure_case(case: str, num_batches: int, arguments: argparse.Namespace) -> list[Row]:
-    """Measure every method on one case and return one row each."""
+def measure_case(case: str, num_batches: int, methods: list[str], arguments: argparse.Namespace) -> list[Row]:
+    """Measure methods, the unit first, on one case and return one row each."""
     build = find_case(case)
     setting = Setting(case, num_batches, arguments.dtype, arguments.threads, arguments.rounds)
-    lanes = measure_side_by_side(setting, arguments.methods)
+    lanes = measure_side_by_side(setting, methods)
     rows = [
         {"case": case, "device": "cpu", "dtype": arguments.dtype, "num_batches": num_batches, **describe(method, lane)}
         for method, lane in lanes.items()
@@ -209,9 +209,13 @@ def main(argv: list[str] | None = None) -> int:
     path = writable(results_path(arguments.out, run))
     rows: list[Row] = []
     for case in arguments.cases:
-        for num_batches in (batches or CASES[case].num_batches for batches in arguments.batches):
+        counts = dict.fromkeys(batches or CASES[case].num_batches for batches in arguments.batches)
+        most = max(counts)
+        for num_batches in counts:
             print(f"{case}, {num_batches} batches …", file=sys.stderr, flush=True)
-            measured = [{**run, **row} for row in measure_case(case, num_batches, arguments)]
+            # What a peer costs does not depend on how many batches there are.
+            methods = [name for name in arguments.methods if num_batches == most or METHODS[name].is_ours]
+            measured = [{**run, **row} for row in measure_case(case, num_batches, methods, arguments)]
             rows += measured
             write_rows(path, measured)
     print_table(rows)
