@@ -1,6 +1,4 @@
-"""What an LSTM does step by step, in plain torch: ahead for its cells, and back for the gradients of its gates.
-
-    c_t = f_t ⊙ c_{t−1} + i_t ⊙ g_t,    h_t = o_t ⊙ tanh c_t, or W_hr of that
+"""What an LSTM does step by step, in plain torch: ahead for its states, and back for the gradients of its gates.
 
 `capture/recurrent.py` forms everything else for all steps at once. Compiled kernels replace these two functions on the
 CPU and are tested against them. Nothing of ours is imported here.
@@ -12,6 +10,7 @@ reversed, from t + 1 to t. `sizes` says for each step how many of the samples ha
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 
@@ -24,19 +23,53 @@ def steps(buffers: Sequence[Tensor], sizes: Sequence[int], backward: bool) -> It
 
 
 @torch.no_grad()
-def lstm_cells_(cells: Tensor, added: Tensor, kept: Tensor, sizes: Sequence[int], reverse: bool = False) -> None:
-    """Fill in the cells that follow the initial ones: c = added + kept ⊙ c of the step before.
+def lstm_ahead_(
+    gates: Tensor,
+    states: Tensor,
+    cells: Tensor,
+    to_c: Tensor,
+    kept: Tensor,
+    unprojected: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    sizes: Sequence[int],
+    reverse: bool = False,
+) -> None:
+    """Go through the steps, and keep what the way back needs.
+
+    With z = gates + h_{t−1} W_hhᵀ + b_hh, and i, f, o = σ(z), g = tanh(z), each of its quarter,
+
+        c_t = f ⊙ c_{t−1} + i ⊙ g,    u = o ⊙ tanh c_t,    h_t = u, or u W_hrᵀ
 
     Args:
-        cells: [T + 1, N, H], changed in place; holds the initial ones.
-        added: i ⊙ g, [T, N, H].
-        kept: f, [T, N, H].
+        gates: x W_ihᵀ + b_ih, [T, N, 4, H], in the order i, f, g, o; ∂c/∂z of i, f, g and ∂u/∂z of o, afterwards.
+        states: h, [T + 1, N, P]; holds the initial ones, and all afterwards.
+        cells: c, [T + 1, N, H]; holds the initial ones, and all afterwards.
+        to_c: Filled in: ∂u/∂c, [T, N, H].
+        kept: Filled in: f, [T, N, H].
+        unprojected: Filled in: u, [T, N, H]; None without W_hr.
+        w_hh: [4·H, P].
+        b_hh: [4·H], or None.
+        w_hr: [P, H], or None.
         sizes: Samples of each step, or nothing.
         reverse: From the last step to the first.
     """
-    before, after = (cells[1:], cells[:-1]) if reverse else (cells[:-1], cells[1:])
-    for new, keep, old, out in steps((added, kept, before, after), sizes, backward=reverse):
-        torch.addcmul(new, keep, old, out=out)
+    befores, afters = zip(*[(t[1:], t[:-1]) if reverse else (t[:-1], t[1:]) for t in (states, cells)], strict=True)
+    buffers = (gates, *befores, *afters, to_c, kept, afters[0] if unprojected is None else unprojected)
+    for z, h_before, c_before, h, c, out_to_c, out_kept, u in steps(buffers, sizes, backward=reverse):
+        z += F.linear(h_before, w_hh, b_hh).view_as(z)
+        i, f, o = (z[:, gate].sigmoid() for gate in (0, 1, 3))
+        g = z[:, 2].tanh()
+        torch.addcmul(i * g, f, c_before, out=c)
+        tanh_c = c.tanh()
+        torch.mul(o, tanh_c, out=u)
+        if w_hr is not None:
+            h.copy_(F.linear(u, w_hr))
+        factors = (g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o))
+        z.copy_(torch.stack(factors, 1))
+        out_to_c.copy_(o * (1 - tanh_c * tanh_c))
+        out_kept.copy_(f)
 
 
 @torch.no_grad()

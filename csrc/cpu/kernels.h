@@ -64,8 +64,9 @@ struct Kernels {
   // out[r, c] += Σ_k a[r, k] w[k, c] for a few rows r; w is dense [K, C], out is dense, rows of a are a_stride apart.
   void (*multiply)(const T* a, int64_t a_stride, const T* w, int64_t rows, int64_t K, int64_t C, T* out);
 
-  // out[i] = a[i] + b[i] c[i]
-  void (*multiply_add)(const T* a, const T* b, const T* c, int64_t count, T* out);
+  // One sample's step through an LSTM of H cells, z = gates + recurrent of i, f, g, o: next = σ(f) ⊙ c + σ(i) ⊙
+  // tanh(g), u = σ(o) ⊙ tanh(next), kept = σ(f), to_c = ∂u/∂next; gates become ∂next/∂z of i, f, g and ∂u/∂z of o.
+  void (*lstm_ahead)(T* gates, const T* recurrent, const T* c, int64_t H, T* next, T* u, T* to_c, T* kept);
 
   // One sample's step back through an LSTM of H cells, with u all that arrives at o ⊙ tanh c: c += u ⊙ to_c; delta of
   // i, f, g is c ⊙ to_gates, that of o is u ⊙ to_gates; c *= kept. delta and to_gates are [4, H].

@@ -547,10 +547,67 @@ void multiply(const T* a, int64_t a_stride, const T* w, int64_t rows, int64_t K,
   for (; r < rows; ++r) multiply_rows<T, 1>(a + r * a_stride, a_stride, w, K, C, out + r * C);
 }
 
+// eˣ = scale + scale · part for x ≤ 0. With scale a power of two and part to its full relative precision, eˣ − 1 =
+// (scale − 1) + scale · part loses nothing near 0. Below the least normal number, it stays there.
 template <class T>
-void multiply_add(const T* __restrict a, const T* __restrict b, const T* __restrict c, int64_t count,
-                  T* __restrict out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = a[i] + b[i] * c[i];
+struct Power {
+  T scale, part;
+};
+inline Power<float> power_of_e(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 0x1.715476p+0f + 0x1.8p+23f;  // x / ln 2, rounded to the integer in its last bits
+  const float count = shifted - 0x1.8p+23f;
+  const float r = x - count * 0x1.63p-1f - count * -0x1.bd0106p-13f;
+  constexpr float terms[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f};
+  float series = 0;
+#pragma GCC unroll 16
+  for (const float term : terms) series = series * r + term;
+  return {__builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23), r + r * r * series};
+}
+inline Power<double> power_of_e(double x) {
+  x = x < -708.0 ? -708.0 : x;
+  const double shifted = x * 0x1.71547652b82fep+0 + 0x1.8p+52;
+  const double count = shifted - 0x1.8p+52;
+  const double r = x - count * 0x1.62e42feep-1 - count * 0x1.a39ef35793c76p-33;
+  constexpr double terms[] = {
+      1.0 / 87178291200, 1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
+      1.0 / 5040,        1.0 / 720,        1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5};
+  double series = 0;
+#pragma GCC unroll 16
+  for (const double term : terms) series = series * r + term;
+  return {__builtin_bit_cast(double, (__builtin_bit_cast(uint64_t, shifted) + 1023u) << 52), r + r * r * series};
+}
+template <class T>
+inline T sigmoid(T x) {
+  const Power<T> power = power_of_e(x < 0 ? x : -x);
+  const T e = power.scale + power.scale * power.part;
+  return (x < 0 ? e : T(1)) / (1 + e);
+}
+template <class T>
+inline T hyperbolic_tangent(T x) {
+  const Power<T> power = power_of_e(x < 0 ? 2 * x : -2 * x);
+  const T less = (power.scale - 1) + power.scale * power.part;
+  return (x < 0 ? less : -less) / (2 + less);
+}
+
+template <class T>
+void lstm_ahead(T* __restrict gates, const T* __restrict recurrent, const T* __restrict c, int64_t H,
+                T* __restrict next, T* __restrict u, T* __restrict to_c, T* __restrict kept) {
+#pragma omp simd
+  for (int64_t k = 0; k < H; ++k) {
+    const T i = sigmoid(gates[k] + recurrent[k]), f = sigmoid(gates[H + k] + recurrent[H + k]);
+    const T g = hyperbolic_tangent(gates[2 * H + k] + recurrent[2 * H + k]);
+    const T o = sigmoid(gates[3 * H + k] + recurrent[3 * H + k]);
+    const T cell = f * c[k] + i * g, tanh_c = hyperbolic_tangent(cell);
+    next[k] = cell;
+    u[k] = o * tanh_c;
+    to_c[k] = o * (1 - tanh_c * tanh_c);
+    kept[k] = f;
+    gates[k] = g * i * (1 - i);
+    gates[H + k] = c[k] * f * (1 - f);
+    gates[2 * H + k] = i * (1 - g * g);
+    gates[3 * H + k] = tanh_c * o * (1 - o);
+  }
 }
 
 template <class T>
@@ -571,7 +628,7 @@ constexpr Kernels<T> kernels_of() {
   constexpr int NR = NV * kWidth<T>;
   return {
       MR,       NR,           kWidth<T>,    pack<T, MR, NR>, pick<T, NV>,     tile<T, MR, NV>, tile_in_place<T, MR, NV>,
-      fold<T>,  transpose<T>, depthwise<T>, affine<T>,       multiply<T, MR>, multiply_add<T>, lstm_back<T>,
+      fold<T>,  transpose<T>, depthwise<T>, affine<T>,       multiply<T, MR>, lstm_ahead<T>,   lstm_back<T>,
       gather<T>};
 }
 

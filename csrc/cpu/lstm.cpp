@@ -1,7 +1,7 @@
-// What an LSTM does step by step: ahead for its cells, and back for the gradients of its gates.
+// What an LSTM does step by step: ahead for its states, and back for the gradients of its gates.
 //
-// Samples do not meet, so each thread walks through all steps with its own. A step back is a product with W_hh for a
-// few samples: W_hh stays in L2 from step to step, and a step costs no call from outside.
+// Samples do not meet, so each thread walks through all steps with its own. A step is a product with W_hh for a few
+// samples: W_hh stays in L2 from step to step, and a step costs no call from outside.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -37,22 +37,54 @@ void for_samples(int64_t samples, int64_t work_per_sample, const F& walk) {
   torch::stable::parallel_for(0, samples, grain, walk);
 }
 
+// wᵀ, [C, R], of w [R, C].
 template <class T>
-void run_cells(Tensor& cells, const Tensor& added, const Tensor& kept, const std::vector<int64_t>& sizes,
-               bool reverse) {
+struct Transposed : Scratch<T> {
+  Transposed(const Tensor& w, int64_t R, int64_t C) : Scratch<T>(R * C) {
+    kernels_for<T>().transpose(input_type(w), {w.const_data_ptr(), C, 1}, R, C, this->get(), R);
+  }
+};
+
+template <class T>
+void run_ahead(Tensor& gates, Tensor& states, Tensor& cells, Tensor& to_c, Tensor& kept,
+               std::optional<Tensor>& unprojected, const Tensor& w_hh, const std::optional<Tensor>& b_hh,
+               const std::optional<Tensor>& w_hr, const std::vector<int64_t>& sizes, bool reverse) {
   const Kernels<T>& kernel = kernels_for<T>();
-  const int64_t steps = added.size(0), samples = added.size(1), H = added.size(2);
-  const View adds(added), keeps(kept);
-  T* const c = static_cast<T*>(cells.mutable_data_ptr());
-  for_samples(samples, steps * H, [&](int64_t first, int64_t end) {
+  const int64_t steps = kept.size(0), samples = kept.size(1), H = kept.size(2), P = states.size(2);
+  const auto data = [](const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); };
+  const auto written = [](Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
+  const Transposed<T> w(w_hh, 4 * H, P);
+  std::optional<Transposed<T>> projection;
+  if (w_hr) projection.emplace(*w_hr, P, H);
+  const T* const bias = b_hh ? data(*b_hh) : nullptr;
+  T *const z = written(gates), *const h = written(states), *const c = written(cells);
+  T *const cell = written(to_c), *const keep = written(kept);
+  T* const outputs = unprojected ? written(*unprojected) : nullptr;
+  for_samples(samples, steps * 4 * H * P, [&](int64_t first, int64_t end) {
+    const Scratch<T> recurrent((end - first) * 4 * H);
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t t = reverse ? steps - 1 - step : step;
-      const T* before = c + (reverse ? t + 1 : t) * samples * H;
-      T* after = c + (reverse ? t : t + 1) * samples * H;
-      for (int64_t n = first; n < std::min(end, sizes.empty() ? samples : sizes[t]); ++n) {
-        const auto row = [&](const View& v) { return static_cast<const T*>(v.at(t * v.stride[0] + n * v.stride[1])); };
-        kernel.multiply_add(row(adds), row(keeps), before + n * H, H, after + n * H);
+      const int64_t rows = std::min(end, sizes.empty() ? samples : sizes[t]) - first;
+      if (rows <= 0) continue;
+      const int64_t before = (reverse ? t + 1 : t) * samples + first, after = (reverse ? t : t + 1) * samples + first;
+      for (int64_t n = 0; n < rows; ++n) {
+        T* const row = recurrent.get() + n * 4 * H;
+        if (bias) {
+          std::copy_n(bias, 4 * H, row);
+        } else {
+          std::fill_n(row, 4 * H, T(0));
+        }
       }
+      kernel.multiply(h + before * P, P, w.get(), rows, P, 4 * H, recurrent.get());
+      const int64_t own = t * samples + first;
+      T* const u = outputs ? outputs + own * H : h + after * H;
+      for (int64_t n = 0; n < rows; ++n) {
+        kernel.lstm_ahead(z + (own + n) * 4 * H, recurrent.get() + n * 4 * H, c + (before + n) * H, H,
+                          c + (after + n) * H, u + n * H, cell + (own + n) * H, keep + (own + n) * H);
+      }
+      if (!outputs) continue;
+      std::fill_n(h + after * P, rows * P, T(0));
+      kernel.multiply(u, H, projection->get(), rows, H, P, h + after * P);
     }
   });
 }
@@ -92,16 +124,26 @@ void run_back(Tensor& delta, Tensor& of_h, Tensor& of_c, const Tensor& w_hh, con
   });
 }
 
-void lstm_cells_(Tensor cells, const Tensor added, const Tensor kept, std::vector<int64_t> sizes, bool reverse) {
-  STD_TORCH_CHECK(added.dim() == 3 && kept.dim() == 3, "added and kept must have 3 axes");
-  check_dense("cells", cells, cells, {added.size(0) + 1, added.size(1), added.size(2)});
-  for (const Tensor* t : {&added, &kept}) {
-    check_shape("added and kept", *t, {added.size(0), added.size(1), added.size(2)});
-    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == cells.scalar_type() && (t->size(2) <= 1 || t->stride(2) == 1),
-                    "added and kept must be on the CPU, of the dtype of cells, with entries side by side");
-  }
-  check_sizes(sizes, added.size(0), added.size(1));
-  with_omega_type(cells, [&]<class T>() { run_cells<T>(cells, added, kept, sizes, reverse); });
+void lstm_ahead_(Tensor gates, Tensor states, Tensor cells, Tensor to_c, Tensor kept, std::optional<Tensor> unprojected,
+                 const Tensor w_hh, const std::optional<Tensor> b_hh, const std::optional<Tensor> w_hr,
+                 std::vector<int64_t> sizes, bool reverse) {
+  STD_TORCH_CHECK(kept.dim() == 3 && states.dim() == 3, "kept and states must have 3 axes");
+  const int64_t T = kept.size(0), N = kept.size(1), H = kept.size(2), P = states.size(2);
+  check_dense("gates", gates, kept, {T, N, 4, H});
+  check_dense("states", states, kept, {T + 1, N, P});
+  check_dense("cells", cells, kept, {T + 1, N, H});
+  check_dense("to_c", to_c, kept, {T, N, H});
+  check_dense("kept", kept, kept, {T, N, H});
+  check_dense("w_hh", w_hh, kept, {4 * H, P});
+  if (b_hh) check_dense("b_hh", *b_hh, kept, {4 * H});
+  if (w_hr) check_dense("w_hr", *w_hr, kept, {P, H});
+  if (unprojected) check_dense("unprojected", *unprojected, kept, {T, N, H});
+  STD_TORCH_CHECK(w_hr.has_value() == unprojected.has_value() && (w_hr || P == H),
+                  "w_hr and unprojected must be tensors where h has another width than the cells");
+  check_sizes(sizes, T, N);
+  with_omega_type(kept, [&]<class S>() {
+    run_ahead<S>(gates, states, cells, to_c, kept, unprojected, w_hh, b_hh, w_hr, sizes, reverse);
+  });
 }
 
 void lstm_back_(Tensor delta, Tensor of_h, Tensor of_c, const Tensor w_hh, const std::optional<Tensor> w_hr,
@@ -126,6 +168,6 @@ void lstm_back_(Tensor delta, Tensor of_h, Tensor of_c, const Tensor w_hh, const
 }  // namespace mas_fast::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mas_fast, CPU, m) {
-  m.impl("lstm_cells_", TORCH_BOX(&mas_fast::cpu::lstm_cells_));
+  m.impl("lstm_ahead_", TORCH_BOX(&mas_fast::cpu::lstm_ahead_));
   m.impl("lstm_back_", TORCH_BOX(&mas_fast::cpu::lstm_back_));
 }

@@ -1,8 +1,8 @@
 """Recurrent layers, in calls that can be watched: torch.lstm and its like are one opaque call for all layers and steps.
 
 A step needs the state that the step before left, so a weight meets the data of all steps at once only if the states are
-known. They are: torch's own layer is run first, without a graph. Then each weight is used in one ordinary call, with
-the states h₋ before each step as plain data,
+known. They are: torch's own layer is run first, without a graph; an LSTM by an op that also keeps what its way back
+needs. Then each weight is used in one ordinary call, with the states h₋ before each step as plain data,
 
     a = x W_ihᵀ + b_ih,    b = h₋ W_hhᵀ + b_hh,    for an LSTM with projection also p = (o ⊙ tanh c) W_hrᵀ
 
@@ -30,7 +30,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
+from mas_fast.capture.binding import rule
+from mas_fast.capture.linear import linear
 from mas_fast.kernels import ops
 from mas_fast.reference_recurrent import steps
 
@@ -227,13 +230,13 @@ class _Kind(NamedTuple):
     """What tells one sort of layer from the others.
 
     Attributes:
-        function: torch's own, for all layers and steps.
-        factors: (walk, a, b, states h [T + 1, N, P](, c₀)) -> what `back` needs of the forward, and o ⊙ tanh c.
+        function: torch's own, for all layers and steps; None for an LSTM, which has an op.
+        factors: (a, b, walk, states h [T + 1, N, P]) -> what `back` needs of the forward; None for an LSTM.
         back: (walk, W_hh, W_hr, factors, gradients of all results) -> gradients of a, b, h₀(, c₀(, p)).
     """
 
-    function: Callable[..., Any]
-    factors: Callable[..., tuple[list[Tensor], Tensor | None]]
+    function: Callable[..., Any] | None
+    factors: Callable[..., list[Tensor]] | None
     back: Callable[..., tuple[Tensor, ...]]
 
 
@@ -263,6 +266,37 @@ class _ThroughTime(torch.autograd.Function):
         # Under autocast the weights are wider than what was computed with them.
         w_hh, w_hr = (None if w is None else w.to(factors[0].dtype) for w in (w_hh, w_hr))
         return None, None, None, None, *ctx.kind.back(ctx.walk, w_hh, w_hr, factors, gradients)
+
+
+class _Unread(torch.autograd.Function):
+    """F.linear in the graph, without its values."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return zeros, one number of memory, in the shape of the output."""
+        ctx.save_for_backward(input, weight)
+        return input.new_zeros(()).expand(*input.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of those that want one."""
+        input, weight = ctx.saved_tensors
+        of_input, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            delta @ weight.to(delta.dtype) if of_input else None,
+            delta.flatten(0, -2).mT @ input.flatten(0, -2) if of_weight else None,
+            delta.flatten(0, -2).sum(0) if of_bias else None,
+        )
+
+
+def unread_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Stand for F.linear where its values are in other results already, for those who watch calls and go back."""
+    if has_torch_function((input, weight)):
+        return handle_torch_function(unread_linear, (input, weight), input, weight, bias)
+    return _Unread.apply(input, weight, bias)
+
+
+rule(unread_linear)(linear)
 
 
 class _Weights(NamedTuple):
@@ -301,8 +335,12 @@ def _recurrent(kind: _Kind, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
         if first and dropout:
             x = F.dropout(x, dropout)
         own = slice(first, first + directions)
-        with _unwatched(), _native(x.device):
-            known = _known(kind, x, packing, initial[own], params[first * count : own.stop * count], biased)
+        known: Sequence[tuple[Tensor, ...] | None] = [None] * directions
+        if kind.function is not None:
+            with _unwatched(), _native(x.device):
+                known = _known(
+                    kind.function, x, packing, initial[own], params[first * count : own.stop * count], biased
+                )
         spread = x if packing is None else packing.pad(x)
         outputs = []
         for d in range(directions):
@@ -316,7 +354,7 @@ def _recurrent(kind: _Kind, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
 
 
 def _known(
-    kind: _Kind,
+    function: Callable[..., Any],
     x: Tensor,
     packing: _Packing | None,
     initial: Sequence[tuple[Tensor, ...]],
@@ -328,9 +366,9 @@ def _known(
     hx: Any = [torch.stack(states) for states in zip(*initial, strict=True)]
     options = (hx if len(hx) > 1 else hx[0], params, biased, 1, 0.0, False, directions == 2)
     if packing is None:
-        y, *finals = kind.function(x, *options, False)
+        y, *finals = function(x, *options, False)
     else:
-        y, *finals = kind.function(x, packing.batch_sizes, *options)
+        y, *finals = function(x, packing.batch_sizes, *options)
         y = packing.pad(y)
     return list(zip(y.chunk(directions, -1), *finals, strict=True))
 
@@ -340,32 +378,39 @@ def _direction(
     walk: _Walk,
     x: Tensor,
     initial: tuple[Tensor, ...],
-    known: tuple[Tensor, ...],
+    known: tuple[Tensor, ...] | None,
     weights: _Weights,
 ) -> tuple[Tensor, ...]:
-    """Build the graph of one layer in one direction up to its known states; returns these."""
-    with _unwatched():
-        states = walk.states(initial[0], known[0], after=known[0])
-        before = walk.before(states)
+    """Build the graph of one layer in one direction up to its states; `known` unless an op forms them."""
     x_gates = F.linear(x, weights.ih, weights.ih_bias)  # [T, N, G·H]
-    h_gates = F.linear(before, weights.hh, weights.hh_bias)  # [T, N, G·H]
+    factors: list[Tensor] = []
+    unprojected = None
+    with _unwatched():
+        if known is None:
+            known, states, factors, unprojected = _lstm_ahead(walk, x_gates, initial, weights)
+        else:
+            states = walk.states(initial[0], known[0], after=known[0])
+        before = walk.before(states)
+    h_linear = unread_linear if kind.factors is None else F.linear
+    h_gates = h_linear(before, weights.hh, weights.hh_bias)  # [T, N, G·H]
     inputs = [x_gates, h_gates, *initial]
     with _unwatched():
-        factors, unprojected = kind.factors(walk, x_gates, h_gates, states, *initial[1:])
+        if kind.factors is not None:
+            factors = kind.factors(x_gates, h_gates, walk, states)
         saved = [None if w is None else w.detach() for w in (weights.hh, weights.hr)]
     if unprojected is not None and weights.hr is not None:
         inputs.append(F.linear(unprojected, weights.hr))
     return _ThroughTime.apply(kind, walk, known, (*saved, *factors), *inputs)
 
 
-def _rnn_tanh_factors(walk: _Walk, x_gates: Tensor, h_gates: Tensor, states: Tensor) -> tuple[list[Tensor], None]:
+def _rnn_tanh_factors(x_gates: Tensor, h_gates: Tensor, walk: _Walk, states: Tensor) -> list[Tensor]:
     h = walk.after(states)
-    return [_tanh_backward(torch.ones_like(h), h)], None
+    return [_tanh_backward(torch.ones_like(h), h)]
 
 
-def _rnn_relu_factors(walk: _Walk, x_gates: Tensor, h_gates: Tensor, states: Tensor) -> tuple[list[Tensor], None]:
+def _rnn_relu_factors(x_gates: Tensor, h_gates: Tensor, walk: _Walk, states: Tensor) -> list[Tensor]:
     h = walk.after(states)
-    return [(h > 0).to(h.dtype)], None
+    return [(h > 0).to(h.dtype)]
 
 
 def _rnn_back(
@@ -381,7 +426,7 @@ def _rnn_back(
     return delta, delta, walk.take_initial(of_h)
 
 
-def _gru_factors(walk: _Walk, x_gates: Tensor, h_gates: Tensor, states: Tensor) -> tuple[list[Tensor], None]:
+def _gru_factors(x_gates: Tensor, h_gates: Tensor, walk: _Walk, states: Tensor) -> list[Tensor]:
     x_r, x_z, x_n = x_gates.chunk(3, -1)
     h_r, h_z, h_n = h_gates.chunk(3, -1)
     r = (x_r + h_r).sigmoid_()
@@ -392,7 +437,7 @@ def _gru_factors(walk: _Walk, x_gates: Tensor, h_gates: Tensor, states: Tensor) 
     _sigmoid_backward(to_n * h_n, r, grad_input=to_gates[:, :, 0])
     _sigmoid_backward(walk.before(states) - n, z, grad_input=to_gates[:, :, 1])
     torch.mul(to_n, r, out=to_gates[:, :, 2])
-    return [to_gates, to_n, z], None
+    return [to_gates, to_n, z]
 
 
 def _gru_back(
@@ -414,26 +459,25 @@ def _gru_back(
     return x_delta.flatten(2), h_rows, of_h_0
 
 
-def _lstm_factors(
-    walk: _Walk, x_gates: Tensor, h_gates: Tensor, states: Tensor, initial: Tensor
-) -> tuple[list[Tensor], Tensor | None]:
-    # Overwrites b, whose values nobody else needs: to touch fresh memory costs more than the arithmetic. With `.data`,
+def _lstm_ahead(
+    walk: _Walk, x_gates: Tensor, initial: Sequence[Tensor], weights: _Weights
+) -> tuple[tuple[Tensor, ...], Tensor, list[Tensor], Tensor | None]:
+    """Form the states; returns the results, h [T + 1, N, P], what the way back needs, and o ⊙ tanh c if projected."""
+    hidden = weights.hh.shape[0] // 4
+    # Overwrites a, whose values nobody else needs: to touch fresh memory costs more than the arithmetic. With `.data`,
     # for autograd would take the views that F.linear returns for changed.
-    gates = h_gates.data.add_(x_gates).unflatten(-1, (4, -1))  # [T, N, 4, H]
-    i, f, g, o = gates.unbind(2)
-    tanh_g = g.clone(memory_format=torch.contiguous_format).tanh_()  # of strided rows, tanh takes three times as long
-    gates.sigmoid_()
-    c = walk.states(initial, f)
-    ops.lstm_cells_(c, i * tanh_g, f, walk.sizes, walk.reverse)
-    tanh_c = walk.after(c).tanh()
-    unprojected = o * tanh_c if states.shape[2] != f.shape[2] else None
-    to_c, kept = _tanh_backward(o, tanh_c), f.clone()
-    # The factors take the place of the gates.
-    _tanh_backward(i, tanh_g, grad_input=g)
-    _sigmoid_backward(tanh_g, i, grad_input=i)
-    _sigmoid_backward(walk.before(c), f, grad_input=f)
-    _sigmoid_backward(tanh_c, o, grad_input=o)
-    return [gates, to_c, kept], unprojected
+    gates = x_gates.data.contiguous().unflatten(-1, (4, hidden))  # [T, N, 4, H]
+    states, cells = (walk.states(state, gates) for state in initial)
+    shape = (*gates.shape[:2], hidden)
+    to_c, kept = walk.empty(gates, *shape), walk.empty(gates, *shape)
+    unprojected = None if weights.hr is None else walk.empty(gates, *shape)
+    # Under autocast the weights are wider than what is computed with them.
+    bias, projection = (None if w is None else w.to(gates.dtype) for w in (weights.hh_bias, weights.hr))
+    own = (weights.hh.to(gates.dtype), bias, projection)
+    ops.lstm_ahead_(gates, states, cells, to_c, kept, unprojected, *own, walk.sizes, walk.reverse)
+    # The model may go on to change its output, but not what W_hh met.
+    results = (walk.after(states).clone(), states[walk.final].clone(), cells[walk.final].clone())
+    return results, states, [gates, to_c, kept], unprojected
 
 
 def _lstm_back(
@@ -449,7 +493,7 @@ def _lstm_back(
     return rows, rows, walk.take_initial(of_h), of_c, *((arrived,) if w_hr is not None else ())
 
 
-_LSTM = _Kind(torch.lstm, _lstm_factors, _lstm_back)
+_LSTM = _Kind(None, None, _lstm_back)
 _GRU = _Kind(torch.gru, _gru_factors, _gru_back)
 _RNN_TANH = _Kind(torch.rnn_tanh, _rnn_tanh_factors, _rnn_back)
 _RNN_RELU = _Kind(torch.rnn_relu, _rnn_relu_factors, _rnn_back)

@@ -50,9 +50,10 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         " Tensor? rstd=None, bool square=False) -> ()",
         reference.accumulate_affine_,
     ),
-    "lstm_cells_": (
-        "(Tensor(a!) cells, Tensor added, Tensor kept, int[] sizes, bool reverse=False) -> ()",
-        reference_recurrent.lstm_cells_,
+    "lstm_ahead_": (
+        "(Tensor(a!) gates, Tensor(b!) states, Tensor(c!) cells, Tensor(d!) to_c, Tensor(e!) kept,"
+        " Tensor(f!)? unprojected, Tensor w_hh, Tensor? b_hh, Tensor? w_hr, int[] sizes, bool reverse=False) -> ()",
+        reference_recurrent.lstm_ahead_,
     ),
     "lstm_back_": (
         "(Tensor(a!) delta, Tensor(b!) of_h, Tensor(c!) of_c, Tensor w_hh, Tensor? w_hr, Tensor to_gates, Tensor to_c,"
@@ -241,11 +242,25 @@ def _on_cuda(op: str) -> tuple[str, str]:
     return "reference", "not compiled in this installation (MAS_FAST_BUILD=cuda compiles it)"
 
 
-def lstm_cells_(cells: Tensor, added: Tensor, kept: Tensor, sizes: Sequence[int], reverse: bool = False) -> None:
-    """Fill in the cells of an LSTM step by step; see `reference_recurrent.lstm_cells_`."""
-    compiled = _dense_numbers(cells) and all(t.dtype == cells.dtype and t.stride(-1) == 1 for t in (added, kept))
-    run = torch.ops.mas_fast.lstm_cells_ if compiled else reference_recurrent.lstm_cells_
-    run(cells, added, kept, sizes, reverse)
+def lstm_ahead_(
+    gates: Tensor,
+    states: Tensor,
+    cells: Tensor,
+    to_c: Tensor,
+    kept: Tensor,
+    unprojected: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    sizes: Sequence[int],
+    reverse: bool = False,
+) -> None:
+    """Go through the steps of an LSTM; see `reference_recurrent.lstm_ahead_`."""
+    w_hh, b_hh, w_hr = (None if t is None else t.contiguous() for t in (w_hh, b_hh, w_hr))  # type: ignore[assignment]
+    given = (gates, states, cells, to_c, kept, unprojected, w_hh, b_hh, w_hr)
+    compiled = all(_dense_numbers(t) and t.dtype == gates.dtype for t in given if t is not None)
+    run = torch.ops.mas_fast.lstm_ahead_ if compiled else reference_recurrent.lstm_ahead_
+    run(*given, sizes, reverse)
 
 
 def lstm_back_(
