@@ -1,6 +1,9 @@
 """Time each accumulate op against its plain-torch reference and against the plain weight gradient of the same shapes.
 
-Letters: N samples, T positions, O and I channels out and in, V vocabulary, D width, K entries of a vector parameter.
+Those of an LSTM's steps have only the reference beside them; those of the training step are in `benchmarks.steps`.
+
+Letters: N samples, T positions, O and I channels out and in, V vocabulary, D width, K entries of a vector parameter, H
+cells.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from mas_fast import reference
+from mas_fast import reference, reference_recurrent
 from mas_fast.kernels import ops
 
 aten = torch.ops.aten
@@ -233,6 +236,65 @@ def test_op(benchmark: BenchmarkFixture, case: OpCase, contender: str) -> None:
     benchmark.group = f"{case.op} {case.shape}"
     benchmark.extra_info["implementation"] = implementation_of(case.op) if contender == "mas_fast" else "torch"
     benchmark(run)
+
+
+def lstm_ahead(t: int, n: int, h: int) -> tuple[Tensors, dict[str, Any], tuple[str, ...]]:
+    """Return what goes into all steps of an LSTM, what else it takes, and the names of what comes out."""
+    data = {
+        "gates": torch.randn(t, n, 4, h),
+        "states": torch.randn(t + 1, n, h),
+        "cells": torch.randn(t + 1, n, h),
+        "to_c": torch.zeros(t, n, h),
+        "kept": torch.zeros(t, n, h),
+        "w_hh": torch.randn(4 * h, h) / h**0.5,
+        "b_hh": torch.randn(4 * h),
+    }
+    options = {"unprojected": None, "w_hr": None, "sizes": []}
+    return data, options, ("gates", "states", "cells", "to_c", "kept")
+
+
+def lstm_back(t: int, n: int, h: int) -> tuple[Tensors, dict[str, Any], tuple[str, ...]]:
+    """Return the same of the way back."""
+    data = {
+        "delta": torch.zeros(t, n, 4, h),
+        "of_h": torch.randn(t + 1, n, h),
+        "of_c": torch.randn(n, h),
+        "w_hh": torch.randn(4 * h, h) / h**0.5,
+        "to_gates": torch.randn(t, n, 4, h) / 4,
+        "to_c": torch.rand(t, n, h),
+        "kept": torch.rand(t, n, h),
+    }
+    return data, {"w_hr": None, "sizes": []}, ("delta", "of_h", "of_c")
+
+
+@pytest.mark.parametrize("contender", ["mas_fast", "reference"])
+@pytest.mark.parametrize("shape", [(64, 32, 128), (64, 4, 512)], ids=lambda shape: "T {} N {} H {}".format(*shape))
+@pytest.mark.parametrize("draw", [lstm_ahead, lstm_back], ids=lambda draw: f"{draw.__name__}_")
+def test_lstm(
+    benchmark: BenchmarkFixture,
+    draw: Callable[..., tuple[Tensors, dict[str, Any], tuple[str, ...]]],
+    shape: tuple[int, int, int],
+    contender: str,
+) -> None:
+    """Check one contender on all steps of an LSTM against float64, then time it; it always starts from the same."""
+    torch.manual_seed(0)
+    name = f"{draw.__name__}_"
+    data, options, outputs = draw(*shape)
+    op = getattr({"mas_fast": ops, "reference": reference_recurrent}[contender], name)
+
+    def fresh() -> tuple[tuple[()], dict[str, Any]]:
+        return (), {**{key: tensor.clone() for key, tensor in data.items()}, **options}
+
+    _, given = fresh()
+    op(**given)
+    exact = to_float64(data)
+    getattr(reference_recurrent, name)(**exact, **options)
+    for key in outputs:
+        assert_close(given[key], exact[key])
+
+    benchmark.group = "{} T {} N {} H {}".format(name, *shape)
+    benchmark.extra_info["implementation"] = implementation_of(name) if contender == "mas_fast" else "torch"
+    benchmark.pedantic(op, setup=fresh, rounds=50)
 
 
 def implementation_of(op: str) -> str:
