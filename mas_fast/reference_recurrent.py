@@ -56,20 +56,25 @@ def lstm_ahead_(
         reverse: From the last step to the first.
     """
     befores, afters = zip(*[(t[1:], t[:-1]) if reverse else (t[:-1], t[1:]) for t in (states, cells)], strict=True)
-    buffers = (gates, *befores, *afters, to_c, kept, afters[0] if unprojected is None else unprojected)
-    for z, h_before, c_before, h, c, out_to_c, out_kept, u in steps(buffers, sizes, backward=reverse):
+    outputs = afters[0] if unprojected is None else unprojected
+    for z, h_before, c_before, h, c, u in steps((gates, *befores, *afters, outputs), sizes, backward=reverse):
         z += F.linear(h_before, w_hh, b_hh).view_as(z)
-        i, f, o = (z[:, gate].sigmoid() for gate in (0, 1, 3))
-        g = z[:, 2].tanh()
+        i, f, g, o = z.unbind(1)
+        for gate, activate in ((i, torch.sigmoid), (f, torch.sigmoid), (g, torch.tanh), (o, torch.sigmoid)):
+            activate(gate, out=gate)
         torch.addcmul(i * g, f, c_before, out=c)
-        tanh_c = c.tanh()
-        torch.mul(o, tanh_c, out=u)
+        torch.mul(o, c.tanh(), out=u)
         if w_hr is not None:
             h.copy_(F.linear(u, w_hr))
-        factors = (g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o))
-        z.copy_(torch.stack(factors, 1))
+    # What follows does not lead from step to step: all at once, if every step has all samples.
+    known = (gates, befores[1], afters[1], to_c, kept)
+    for z, c_before, c, out_to_c, out_kept in steps(known, sizes, backward=reverse) if sizes else [known]:
+        i, f, g, o = z.unbind(-2)
+        tanh_c = c.tanh()
         out_to_c.copy_(o * (1 - tanh_c * tanh_c))
         out_kept.copy_(f)
+        factors = (g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o))
+        z.copy_(torch.stack(factors, -2))
 
 
 @torch.no_grad()
