@@ -320,7 +320,8 @@ def numbers(
         "",
         f"{machine['cpu']}, {machine['threads']} threads, {row['dtype']}, {kernels}, torch {versions['torch']}"
         f"{', ' + peers if peers else ''}, {row['date'][:10]}; medians of interleaved rounds, "
-        "[all rows](benchmarks/results), [what they mean](benchmarks/README.md), [how cost grows with N, T and "
+        "[all rows](benchmarks/results), [what they mean](benchmarks/README.md), [where mas_fast is not the fastest]"
+        "(benchmarks/README.md#where-we-lose), [how cost grows with N, T and "
         "parameters](benchmarks/figures/growth.png). Error: the largest of any parameter against the float64 loop. The "
         f"first batch bears what is paid once, above all the proof of the layout: {break_even(rows)} A peer takes its "
         "fastest of chunks of 4, 8, 16, 32 and 64 samples. ResNet-18: errors in float64 (benchmarks/README.md).",
