@@ -23,7 +23,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 help:
 	@echo "make demo     run the demo on handwritten digits; results in demo_results/"
 	@echo "make test     run the tests with compiled kernels, then from a Python-only wheel"
-	@echo "make bench    compare with other libraries, in minutes; ratios beside the committed ones"
+	@echo "make bench    compare with the loop and vmap(grad), in minutes; ratios beside the committed ones"
 	@echo "make bench-ops  time each op beside this machine's last saved run of them"
 	@echo "make lint     check style, types and format"
 	@echo "make format   rewrite the sources in the project's format"
