@@ -1,18 +1,19 @@
 """estimate_importance: the pass over a data set, and `capture`, the same for people who own their loop."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from mas_fast.capture.backward import not_finite
 from mas_fast.capture.refuse import Refusing
 from mas_fast.capture.session import MEMORY_BUDGET, Capture, uncompiled
 from mas_fast.checks import DTYPES, one_of
+from mas_fast.chunks import UNFIT, Chunks, ChunkSize, checked_chunk_size, count_rows, kind_of, tensors_of
 from mas_fast.coverage import Coverage, merge_coverage
 from mas_fast.distributed import Ranks, agree, reshard, uncoupled
 from mas_fast.errors import CaptureError
@@ -38,6 +39,7 @@ def estimate_importance(
     unsupported: str = "loop",
     progress: bool = False,
     memory_budget: int = MEMORY_BUDGET,
+    chunk_size: ChunkSize = "auto",
 ) -> Importance:
     """Compute Ω = (1/N) Σ_n |∂objective(F(x_n; θ))/∂θ|, exactly, in one pass over unlabelled data.
 
@@ -76,6 +78,10 @@ def estimate_importance(
         memory_budget: Bytes that the gradients of single samples may take, for parameters whose gradients must be
             summed over several uses, or pulled back through a function such as weight norm, before |·| is taken. One
             sample's are formed at least.
+        chunk_size: Samples of a batch that run at a time; Ω is the same for all, time and memory are not. A number cuts
+            every tensor of a batch along its first axis, which must be that of the samples; None runs whole batches.
+            "auto" cuts large batches on the CPU, without a `forward` of your own, so that what the forward keeps fits
+            the caches; it measures that on one and on two samples of each kind of batch.
 
     Returns:
         Importance: name -> Ω, with .num_samples and .coverage.
@@ -92,7 +98,12 @@ def estimate_importance(
     """
     run = forward or default_forward
     one_of("per", per, ("sample", "batch"))
+    chunk_size = checked_chunk_size(chunk_size)
     if per == "batch":
+        if isinstance(chunk_size, int):
+            raise ValueError(
+                f"chunk_size must be 'auto' or None where per='batch' takes whole batches, got {chunk_size}"
+            )
         if scope != "global":
             raise ValueError(f"scope must be 'global' where per='batch', got {scope!r}")
         return _of_batches(model, data, run, objective, statistic, parameters, dtype, progress)
@@ -110,32 +121,37 @@ def estimate_importance(
         # An unknown name should not wait for the first batch.
         if isinstance(objective, str):
             sample_objective(objective, torch.zeros(1, 1))
-        checked, checked_layers = forward is not None, False
+        chunks = Chunks(session.model, chunk_size, is_default=forward is None)
+        checked: set[Hashable] = set()
         if progress and session.ranks.first:
             data = _with_progress(data, session)
         for index, batch in enumerate(data):
             try:
-                batch = tree_map_only(Tensor, _normal, batch)
-                objectives = partial(_objectives, session.model, batch, run, objective)
-                rows = {t.shape[0] if t.dim() else None for t in _tensors(batch)}
-                session.batch_rows = rows.pop() if len(rows) == 1 else None
-                alone = None
-                if session.local:
-                    session.accumulate(objectives)
-                    if not checked_layers:
-                        _check_layers(session, batch, run, objective)
-                    checked_layers = True
-                    continue
-                if not checked:
-                    alone = _objectives_alone(session.model, batch, objective)
-                checked = checked or alone is not None
-                if alone is None:
-                    session.accumulate(objectives)
-                else:
-                    seen: list[Tensor] = []
-                    session.accumulate(partial(_remembered, objectives, seen))
-                    # Not during the forward, so that this batch runs the same program as all others.
-                    _compare(seen[-1], *alone)
+                batch = tree_map_only(Tensor, _normal, _known(batch) if forward is None else batch)
+                parts, alone = chunks.cut(batch), None
+                kind = kind_of(batch)
+                if forward is None and kind not in checked and not session.local:
+                    alone = _objectives_alone(session.model, parts[0], objective)
+                    if alone is not None:
+                        checked.add(kind)
+                    elif chunks.is_auto:
+                        parts = [batch]
+                session.first_sample = 0
+                for part in parts:
+                    session.batch_rows = count_rows(part)
+                    samples = session.batch_rows if len(parts) > 1 else None
+                    objectives = partial(_objectives, session.model, part, run, objective, samples)
+                    if alone is None:
+                        session.first_sample += session.accumulate(objectives)
+                    else:
+                        seen: list[Tensor] = []
+                        session.first_sample += session.accumulate(partial(_remembered, objectives, seen))
+                        # Not during the forward, so that this batch runs the same program as all others.
+                        _compare(seen[-1], *alone)
+                        alone = None
+                    if session.local and kind not in checked:
+                        _check_layers(session, part, run, objective)
+                        checked.add(kind)
             except (ValueError, TypeError, CaptureError, FloatingPointError) as error:
                 if type(error) not in (ValueError, TypeError, CaptureError, FloatingPointError):
                     raise
@@ -418,15 +434,39 @@ def _normal(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _objectives(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any], objective: Objective) -> Tensor:
-    """Run the model on a batch; refuse one that changes its batch, for it may have to be run again."""
-    tensors = _tensors(batch)
+def _known(batch: Any) -> Any:
+    """Return a batch whose tensors torch finds: of a mapping that it does not know, as of tokenizers, they are not."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def _objectives(
+    model: nn.Module,
+    batch: Any,
+    run: Callable[[nn.Module, Any], Any],
+    objective: Objective,
+    samples: int | None = None,
+) -> Tensor:
+    """Run the model on a batch; refuse one that changes its batch, for it may have to be run again.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        run: Calls the model.
+        objective: Name or callable.
+        samples: How many there must be; None if any number may.
+    """
+    tensors = tensors_of(batch)
     versions = [tensor._version for tensor in tensors]
     values = sample_objective(objective, run(model, batch))
     if versions != [tensor._version for tensor in tensors]:
         raise CaptureError(
             "forward must not change the batch in place, because it may run several times; "
             "pass forward=lambda model, batch: ... that works on a clone"
+        )
+    if samples not in (None, len(values)):
+        raise ValueError(
+            f"objective must have one scalar for each row of the batch, got {len(values)} for {samples} of its rows; "
+            "pass chunk_size=None for a batch whose rows are not its samples"
         )
     return values
 
@@ -438,7 +478,7 @@ def _objectives_alone(model: nn.Module, batch: Any, objective: Objective) -> tup
 
     Both, because what runs along the batch as if it were time, forwards or backwards, leaves one end alone.
     """
-    tensors = _tensors(batch)
+    tensors = tensors_of(batch)
     samples = tensors[0].shape[0] if tensors and tensors[0].dim() else 0
     if samples < 2 or any(t.dim() == 0 or t.shape[0] != samples for t in tensors):
         # Not evidently one row per sample.
@@ -449,8 +489,7 @@ def _objectives_alone(model: nn.Module, batch: Any, objective: Objective) -> tup
         for sample in (0, samples - 1):
             # Twice, if a model cannot take a single sample, or drops the axis of one.
             for rows in ([sample], [sample, sample]):
-                part = tree_map_only(Tensor, lambda t, rows=rows: t[rows], batch)  # type: ignore[misc]
-                values = _objectives_of_part(model, part, objective)
+                values = _objectives_of_rows(model, batch, rows, objective)
                 if values is not None and values.shape == (len(rows),):
                     alone[sample] = values[0].detach()
                     break
@@ -460,10 +499,12 @@ def _objectives_alone(model: nn.Module, batch: Any, objective: Objective) -> tup
     return alone, run.eps
 
 
-def _objectives_of_part(model: nn.Module, part: Any, objective: Objective) -> Tensor | None:
+def _objectives_of_rows(model: nn.Module, batch: Any, rows: list[int], objective: Objective) -> Tensor | None:
     try:
+        # Of sparse tensors, too.
+        part = tree_map_only(Tensor, lambda t: t.index_select(0, torch.tensor(rows, device=t.device)), batch)
         return sample_objective(objective, default_forward(model, part))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except UNFIT as error:
         if isinstance(error, CaptureError):
             raise
         return None
@@ -488,7 +529,7 @@ def _check_layers(session: Session, batch: Any, run: Callable[[nn.Module, Any], 
     together = session.local_values
     if len(together) == 1:
         return
-    tensors = _tensors(batch)
+    tensors = tensors_of(batch)
     if any(t.dim() == 0 or t.shape[0] != len(together) for t in tensors) or not tensors:
         raise CaptureError(
             "batches must have one row for each sample in scope='local', which is checked on samples alone"
@@ -530,10 +571,6 @@ def _compare(together: Tensor, alone: Mapping[int, Tensor], eps: float) -> None:
                 f"{sample} in its batch and {float(value):.6g} alone; find what mixes samples or is random in eval "
                 "mode, or use batches of one sample"
             )
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def _progress_bar(data: Iterable[Any]) -> Any:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from mas_fast.capture.session import uncompiled
 from mas_fast.checks import DTYPES
+from mas_fast.chunks import count_rows, rows_of
 from mas_fast.errors import CaptureError, LoopWarning
 from mas_fast.estimate import Objective, Parameters, capture, estimate_importance
 from mas_fast.importance import Importance
@@ -229,10 +230,10 @@ def verify(
         if forward is None and isinstance(batch, Mapping):
             # Of a mapping that torch does not know, the tensors could be neither converted nor cut.
             batch = dict(batch)
-        count = _count_rows(batch)
+        count = count_rows(batch)
         cut = limit is not None and count is not None and limit < count
         if cut:
-            batch = _rows(batch, 0, limit)
+            batch = rows_of(batch, 0, limit)
         chosen = dtype or torch.float64
         names = list(session.parameters)
         twin = _converted_model(session.model, chosen, or_itself=dtype is not None)
@@ -286,8 +287,8 @@ def _truth(model: nn.Module, batch: Any, dtype: torch.dtype, samples: int, loop:
         with suppress(RuntimeError, TypeError, ValueError):
             wide = _converted_model(model, torch.float64), _converted_batch(batch, torch.float64)
             return _truth(*wide, torch.float64, samples, loop)
-    if _count_rows(batch) == samples:
-        singles = [_rows(batch, n, n + 1) for n in range(samples)]
+    if count_rows(batch) == samples:
+        singles = [rows_of(batch, n, n + 1) for n in range(samples)]
         # Not if the model cannot take a single sample, or has the samples elsewhere than in the rows.
         with suppress(RuntimeError, TypeError, ValueError, IndexError):
             return Truth(*_timed(lambda: loop(model, singles, each=1)), dtype, SINGLES)
@@ -379,17 +380,6 @@ def _converted_batch(batch: Any, dtype: torch.dtype) -> Any:
         return tensor.detach().to(wanted, copy=True).requires_grad_(tensor.requires_grad)
 
     return tree_map_only(Tensor, convert, batch)
-
-
-def _count_rows(batch: Any) -> int | None:
-    """Return the length of the first axis if all tensors of a batch have the same, else None."""
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    counts = {tensor.shape[0] if tensor.dim() else None for tensor in tensors}
-    return counts.pop() if len(counts) == 1 else None
-
-
-def _rows(batch: Any, start: int, stop: int | None) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor[start:stop], batch)
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:

@@ -114,7 +114,8 @@ class Backward:
         values = self.values.detach()
         if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
             row = int((~values.isfinite()).nonzero()[0])
-            raise FloatingPointError(f"objective must be finite, got {float(values[row])} for sample {row}")
+            sample = self.capture.first_sample + row
+            raise FloatingPointError(f"objective must be finite, got {float(values[row])} for sample {sample}")
 
     def _proven(self, tap: Tap) -> bool:
         return self._samples == 1 or tap.layout is not None

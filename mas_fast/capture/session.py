@@ -99,6 +99,7 @@ class Capture:
         self.disjoint: set[tuple[Hashable, str]] = set()  # (trace, name) of uses that share no entry
         self.explored: set[Hashable] = set()  # programs of which all taps are known, also those made in backwards
         self.batch_rows: int | None = None  # the first axis of all tensors of the batch, where that is known
+        self.first_sample = 0  # where the samples start that run, in the batch that they are of
         self.hidden_graphs = False  # δ came where the graph of the objectives does not show a way
         self.constants = _constants(model)
         self.broken = False  # an error came after some of a batch had been added
@@ -182,8 +183,8 @@ class Capture:
         names = sorted(self.fallback)
         listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         warnings.warn(
-            f"{len(names)} of {len(self.parameters)} parameters take one backward per sample, {samples} more for this "
-            f"batch: {listed}; .coverage says why, unsupported='raise' makes it an error",
+            f"{len(names)} of {len(self.parameters)} parameters take one backward per sample, {samples} more for these "
+            f"{samples} samples: {listed}; .coverage says why, unsupported='raise' makes it an error",
             LoopWarning,
             stacklevel=2,
         )

@@ -1,0 +1,178 @@
+"""How many samples of a batch run at a time: enough to keep every call busy, and few enough for the caches.
+
+A pass over one large batch writes all its activations to memory and reads them back, page by page. Cut along its
+samples it gives the same Ω, and what a call leaves is still at hand when its backward comes.
+"""
+
+import operator
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from mas_fast.capture.refuse import Refusing
+from mas_fast.capture.session import uncompiled
+from mas_fast.errors import CaptureError
+from mas_fast.reference import default_forward
+
+# What a forward keeps for its backward is so large, on average, in a chunk: the fixed cost of a call is lost in it.
+_BYTES_A_TENSOR = 2 << 20
+# The same where a recurrent layer is, whose steps are calls of their own.
+_BYTES_A_TENSOR_OF_STEPS = 4 << 20
+# Weights and Ω are read and written once for each chunk: activations of so many times the weights outweigh that.
+_TIMES_THE_WEIGHTS = 4
+# What a model raises for a batch that it cannot take.
+UNFIT = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+
+ChunkSize = int | str | None
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch."""
+    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def count_rows(batch: Any) -> int | None:
+    """Return the length of the first axis if all tensors of a batch have the same, else None."""
+    counts = {tensor.shape[0] if tensor.dim() else None for tensor in tensors_of(batch)}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def kind_of(batch: Any) -> Hashable:
+    """Return what batches that are made alike have in common: their structure, and the axes of their tensors."""
+    leaves, structure = tree_flatten(batch)
+    return structure, tuple(leaf.dim() if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
+
+
+def rows_of(batch: Any, start: int, stop: int | None) -> Any:
+    """Return some rows of all tensors of a batch."""
+    return tree_map_only(Tensor, lambda tensor: tensor[start:stop], batch)
+
+
+def checked_chunk_size(chunk_size: ChunkSize) -> ChunkSize:
+    """Return what may be given as `chunk_size`: "auto", a number, or None.
+
+    Raises:
+        TypeError: It is none of them.
+        ValueError: The number is below 1.
+    """
+    if chunk_size is None or chunk_size == "auto":
+        return chunk_size
+    try:
+        size = None if isinstance(chunk_size, bool) else operator.index(chunk_size)  # type: ignore[arg-type]
+    except TypeError:
+        size = None
+    if size is None:
+        raise TypeError(f"chunk_size must be 'auto', an int or None, got {chunk_size!r}")
+    if size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {size}")
+    return size
+
+
+class Chunks:
+    """Cuts batches along their samples.
+
+    Args:
+        model: What runs.
+        chunk_size: "auto", samples at a time, or None for whole batches.
+        is_default: Whether the model is called by `default_forward`. With "auto" nothing else is cut, nor what is not
+            on the CPU: a GPU wants large batches.
+    """
+
+    def __init__(self, model: nn.Module, chunk_size: ChunkSize, is_default: bool) -> None:
+        self._model = model
+        self._chunk_size = chunk_size
+        own = list(model.parameters())
+        self.is_auto = chunk_size == "auto" and is_default and all(p.device.type == "cpu" for p in own)
+        self._weights = sum(p.numel() * p.element_size() for p in own)
+        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        self._bytes_a_tensor = _BYTES_A_TENSOR_OF_STEPS if recurrent else _BYTES_A_TENSOR
+        self._sizes: dict[Hashable, int | None] = {}
+
+    def cut(self, batch: Any) -> list[Any]:
+        """Return the chunks of a batch, in its order; the batch itself where it is not cut.
+
+        Raises:
+            ValueError: A number was given, and the tensors of the batch do not have the samples on their first axis.
+        """
+        if self.is_auto:
+            return self._cut_well(batch)
+        if not isinstance(self._chunk_size, int):
+            return [batch]
+        rows = count_rows(batch)
+        if rows is None:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors_of(batch))
+            raise ValueError(
+                "chunk_size must be 'auto' or None unless all tensors of a batch have the samples on their first axis, "
+                f"got {self._chunk_size} with tensors of shapes {shapes or 'none'}"
+            )
+        starts = range(0, max(rows, 1), self._chunk_size)
+        return [rows_of(batch, start, start + self._chunk_size) for start in starts] if len(starts) > 1 else [batch]
+
+    def _cut_well(self, batch: Any) -> list[Any]:
+        rows = count_rows(batch) or 0
+        # The smallest chunk is a pair, for some models drop the axis of one.
+        if rows < 4 or not _is_plain(batch):
+            return [batch]
+        # Not for every length of a sequence anew: samples within a factor of two of each other share a size.
+        kind = kind_of(batch), tuple(tensor[0].numel().bit_length() for tensor in tensors_of(batch))
+        if kind not in self._sizes:
+            self._sizes[kind] = self._measured_size(batch)
+        size = self._sizes[kind]
+        if size is None or rows < 2 * size:
+            return [batch]
+        # What is left over goes with the last chunk if it is no more than half of one.
+        count = rows // size + (rows % size > size // 2)
+        edges = [size * index for index in range(count)] + [rows]
+        return [rows_of(batch, start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+
+    def _measured_size(self, batch: Any) -> int | None:
+        """Return the samples of a chunk, a power of two; None if the model does not take its rows one by one."""
+        one, two = (self._kept_sizes(rows_of(batch, 0, rows)) for rows in (1, 2))
+        if one is None or two is None or len(one) != len(two):
+            return None
+        # Neither masks nor what is made of weights alone: only what grows with the samples.
+        growth = [after - before for before, after in zip(one, two, strict=True) if after > before]
+        if not growth:
+            return None
+        wanted = max(self._bytes_a_tensor * len(growth), _TIMES_THE_WEIGHTS * self._weights)
+        return int(2 ** max(1, (wanted // sum(growth)).bit_length() - 1))
+
+    def _kept_sizes(self, batch: Any) -> list[int] | None:
+        """Return the bytes of all that a forward keeps for its backward; None if the model refuses the batch."""
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                # The storage is held, so that its address stays its own.
+                kept.setdefault(storage.data_ptr(), storage)
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with torch.enable_grad(), uncompiled(), Refusing(self._model), hooks:
+            try:
+                default_forward(self._model, batch)
+            except UNFIT as error:
+                if isinstance(error, CaptureError):
+                    raise
+                return None
+        return [storage.nbytes() for storage in kept.values()]
+
+
+def _is_plain(batch: Any) -> bool:
+    """Return whether nothing but the rows of tensors can tell samples apart, and all are on the CPU."""
+    values = batch.values() if isinstance(batch, dict) else batch[:1] if isinstance(batch, (tuple, list)) else [batch]
+    return all(
+        value is None
+        or isinstance(value, (bool, int, float, str))
+        or (
+            isinstance(value, Tensor)
+            and value.device.type == "cpu"
+            and value.layout == torch.strided
+            and not value.is_nested
+        )
+        for value in values
+    )

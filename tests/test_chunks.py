@@ -1,0 +1,322 @@
+"""Batches cut along their samples inside a pass: the same Ω, fewer samples at a time, and what must not be cut."""
+
+import warnings
+from collections import UserDict
+
+import pytest
+import torch
+from cases import DIRECT, JOINED, LOOPED, Lambda, build
+from compare import truth_of, worst_error
+from torch import nn
+
+from mas_fast import CaptureError, chunks, estimate_importance, verify
+from mas_fast.errors import LoopWarning
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+CASES = {**DIRECT, **JOINED, **LOOPED}
+N = 11
+
+
+@pytest.fixture
+def pairs(monkeypatch):
+    """Have "auto" cut everything that it may into pairs."""
+    for name in ("_BYTES_A_TENSOR", "_BYTES_A_TENSOR_OF_STEPS", "_TIMES_THE_WEIGHTS"):
+        monkeypatch.setattr(chunks, name, 0)
+
+
+class Seen(nn.Module):
+    """Notes how many samples each forward with a gradient that is not for measuring sees."""
+
+    def __init__(self, net=None):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = net or nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        self.rows = []
+
+    def forward(self, x, scale=None, **others):
+        self.rows.append(len(x))
+        return self.net(x if scale is None else x * scale)
+
+
+def batch(n=N, *shape, seed=2):
+    return torch.randn(n, *(shape or (5,)), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def exact(model, data, truth, **options):
+    importance = estimate_importance(model, data, dtype=torch.float64, **options)
+    return worst_error(importance, truth) <= 1e-11 and importance.num_samples
+
+
+# The same Ω
+
+
+@pytest.mark.parametrize("chunk_size", [*range(1, N + 2), 10**9, "auto", None, torch.tensor(3)], ids=str)
+def test_omega_is_that_of_the_loop_for_every_size(chunk_size):
+    model = Seen()
+    truth = truth_of(model, batch())
+    assert exact(model, [batch()], truth, chunk_size=chunk_size) == N
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_cut_into_pairs(name, pairs):
+    model, data, *_ = build(CASES[name])
+    truth = truth_of(model, data)
+    # Twice, so that all cases are long enough to be cut.
+    assert exact(model, [torch.cat([data, data])], truth) == 2 * len(data)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_in_chunks_of_three(name):
+    model, data, *_ = build(CASES[name])
+    assert exact(model, [data], truth_of(model, data), chunk_size=3) == len(data)
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("statistic", ["abs", "square"])
+def test_options_hold_for_every_chunk(scope, statistic, pairs):
+    model = Seen()
+    whole = estimate_importance(model, [batch()], scope=scope, statistic=statistic, chunk_size=None)
+    model.rows.clear()
+    cut = estimate_importance(model, [batch()], scope=scope, statistic=statistic)
+    assert worst_error(cut, whole) <= 1e-6 and max(model.rows) == 3
+
+
+def test_callables_and_own_forwards_are_cut_by_a_number():
+    model = Seen()
+    truth = truth_of(model, batch(), objective=lambda y: y[:, 0].exp())
+    options = {"objective": lambda y: y[:, 0].exp(), "forward": lambda m, b: m(b["x"]), "chunk_size": 4}
+    assert exact(model, [{"x": batch(), "text": "a"}] * 2, truth, **options) == 2 * N
+    assert model.rows[-3:] == [4, 4, 3]
+
+
+def test_looped_parameters_loop_over_the_samples_of_a_chunk():
+    model, data, names = build(LOOPED["custom_function"])
+    with pytest.warns(LoopWarning, match="2 more for these 2 samples"):
+        importance = estimate_importance(model, [data], chunk_size=2)
+    assert {row.name for row in importance.coverage if row.rule == "loop"} == names
+
+
+# How many samples run at a time
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [(3, [3]), (4, [2, 2]), (5, [2, 3]), (6, [2, 2, 2]), (7, [2, 2, 3])],
+    ids=str,
+)
+def test_auto_never_leaves_a_sample_by_itself(rows, expected, pairs):
+    model = Seen()
+    estimate_importance(model, [batch(), batch(rows)])
+    assert model.rows[-len(expected) :] == expected
+
+
+def test_a_rest_of_more_than_half_a_chunk_is_one(monkeypatch):
+    monkeypatch.setattr(chunks, "_TIMES_THE_WEIGHTS", 0)
+    # The inputs, the tanh and the outputs of each sample: 96 bytes in three tensors, each to hold 256 in a chunk.
+    monkeypatch.setattr(chunks, "_BYTES_A_TENSOR", 256)
+    model = Seen()
+    for rows, expected in ((16, [8, 8]), (20, [8, 12]), (21, [8, 8, 5]), (15, [15])):
+        # The first of its size may run twice.
+        estimate_importance(model, [batch(rows), batch(rows)])
+        assert model.rows[-len(expected) :] == expected
+
+
+def test_small_batches_run_whole():
+    model = Seen()
+    estimate_importance(model, [batch(64), batch(64)])
+    assert model.rows[-1] == 64
+
+
+def test_a_large_batch_of_images_is_cut():
+    model = Seen(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 1024, 2)))
+    estimate_importance(model, [torch.randn(256, 3, 32, 32)])
+    assert max(model.rows) <= 64
+
+
+def test_weights_and_masks_do_not_count():
+    """What a forward keeps whatever the number of samples, however large, makes no chunk smaller."""
+    torch.manual_seed(0)
+    mask, w = torch.rand(700, 700), torch.randn(700, 700)
+    large = Lambda(lambda m, x: m.head(x) + (mask * m.w.exp()).mean() * x[:, :2], w=w, head=nn.Linear(5, 2))
+    cutter = chunks.Chunks(large, "auto", is_default=True)
+    assert len(cutter.cut(torch.randn(4096, 5))) == 1
+
+
+def test_large_weights_make_large_chunks():
+    """Each chunk reads and writes all of Ω: the activations of one must outweigh the weights."""
+    model = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 2048))
+    (size,) = {len(part) for part in chunks.Chunks(model, "auto", is_default=True).cut(torch.randn(16384, 2048))}
+    kept = 3 * 2048 * 4 * size
+    assert kept >= chunks._TIMES_THE_WEIGHTS * sum(p.nbytes for p in model.parameters()) / 2
+
+
+def test_lengths_of_a_sequence_are_not_measured_one_by_one(pairs, monkeypatch):
+    measured = []
+    size = chunks.Chunks._measured_size
+    monkeypatch.setattr(chunks.Chunks, "_measured_size", lambda self, b: measured.append(b.shape[1]) or size(self, b))
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3)).double()
+    data = [torch.randint(0, 9, (4, length)) for length in range(8, 34)]
+    estimate_importance(model, data)
+    assert measured == [8, 16, 32]
+
+
+# What "auto" leaves whole
+
+
+def own(m, x):
+    return m(x)
+
+
+def time_first(m, x):
+    return m.head(torch.tanh(x)).transpose(0, 1)
+
+
+WHOLE = {
+    "own_forward": (lambda: Seen(), batch(8), {"forward": own}),
+    "none": (lambda: Seen(), batch(8), {"chunk_size": None}),
+    "per_batch": (lambda: Seen(), batch(8), {"per": "batch"}),
+    "rows_of_their_own": (
+        lambda: Seen(Lambda(lambda m, x: m.l(x).reshape(4, 2, 3), l=nn.Linear(5, 3).double())),
+        batch(8),
+        {},
+    ),
+    "lists": (lambda: Seen(), {"x": batch(8), "names": ["a"] * 8}, {}),
+    "uneven": (lambda: Seen(), {"x": batch(8), "scale": torch.ones(1, 5)}, {}),
+    "scalar": (lambda: Seen(), {"x": batch(8), "scale": torch.tensor(2.0)}, {}),
+    "sparse": (
+        lambda: Seen(Lambda(lambda m, x: torch.sparse.mm(x, m.w), w=torch.randn(5, 3, dtype=torch.float64))),
+        batch(8).to_sparse(),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_runs_whole(name, pairs):
+    build_model, data, options = WHOLE[name]
+    model = build_model()
+    estimate_importance(model, [data, data], **options)
+    assert model.rows[-1] == 8
+
+
+@pytest.mark.parametrize("length", [8, 6], ids=["t_equals_n", "t_differs"])
+def test_positions_first_run_whole(length, pairs):
+    """A (T, N, C) batch: its rows are positions, of which none can be run alone with the rest's result."""
+    model = Seen(Lambda(time_first, head=nn.Linear(5, 3).double()))
+    data = batch(length, 8, 5)
+    truth = truth_of(nn.Sequential(model.net.head), data.transpose(0, 1).tanh())
+    importance = estimate_importance(model, [data], dtype=torch.float64)
+    assert importance.num_samples == 8 and model.rows[-1] == length
+    found = {name.removeprefix("net.head."): omega for name, omega in importance.items()}
+    assert worst_error(found, {name.removeprefix("0."): omega for name, omega in truth.items()}) <= 1e-11
+
+
+def test_nothing_is_cut_on_the_meta_device_or_a_gpu():
+    model = nn.Linear(5, 3, device="meta")
+    assert not chunks.Chunks(model, "auto", is_default=True).is_auto
+
+
+# What is cut all the same
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "dict", "mapping", "plain_values"])
+def test_wrapped_batches_are_cut(kind, pairs):
+    x, scale = batch(8), batch(8, seed=3)
+    data = {
+        "tuple": (x, torch.arange(8)),
+        "list": [x, ["label"] * 8],
+        "dict": {"x": x, "scale": scale, "labels": torch.arange(8)},
+        "mapping": UserDict(x=x, scale=scale),
+        "plain_values": {"x": x, "scale": scale, "use_cache": False, "other": None},
+    }[kind]
+    model = Seen()
+    truth = truth_of(model, x if kind in ("tuple", "list") else x * scale)
+    model.rows.clear()
+    assert exact(model, [data], truth) == 8
+    assert max(model.rows) == 2
+
+
+def test_samples_that_mix_are_found_in_a_chunk(pairs):
+    model = Lambda(lambda m, x: (x - x.mean(0)) @ m.w, w=torch.randn(5, 3))
+    with pytest.raises(CaptureError, match="samples must not influence each other"):
+        estimate_importance(model, [batch(8).float()])
+
+
+def test_samples_that_mix_in_a_later_structure_are_found():
+    """Whether samples mix is asked for every kind of batch, not for the first only."""
+
+    def sometimes(m, x):
+        return (x if x.dim() == 2 else x - x.mean(0)) @ m.w
+
+    model = Lambda(sometimes, w=torch.randn(5, 3).double())
+    estimate_importance(model, [batch(8), batch(8)])
+    with pytest.raises(CaptureError, match="batch 1: samples must not influence each other"):
+        estimate_importance(model, [batch(8), batch(8, 2, 5)])
+
+
+def test_samples_of_a_mapping_that_mix_are_found():
+    model = Lambda(lambda m, x: (x - x.mean(0)) @ m.w, w=torch.randn(5, 3).double())
+    with pytest.raises(CaptureError, match="samples must not influence each other"):
+        estimate_importance(model, [UserDict(x=batch(8))])
+
+
+# Errors
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1, torch.tensor(0)], ids=str)
+def test_no_size_below_one(chunk_size):
+    with pytest.raises(ValueError, match=r"chunk_size must be at least 1, got (0|-1)"):
+        estimate_importance(Seen(), [batch()], chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [2.0, "8", True, [4], torch.tensor([1, 2]), torch.tensor(2.0)], ids=str)
+def test_no_size_but_a_number(chunk_size):
+    with pytest.raises(TypeError, match="chunk_size must be 'auto', an int or None, got"):
+        estimate_importance(Seen(), [batch()], chunk_size=chunk_size)
+
+
+def test_no_number_where_whole_batches_are_meant():
+    with pytest.raises(ValueError, match="chunk_size must be 'auto' or None where per='batch'"):
+        estimate_importance(Seen(), [batch()], chunk_size=4, per="batch")
+
+
+@pytest.mark.parametrize(
+    ("data", "shapes"),
+    [
+        ({"x": batch(), "scale": torch.ones(1, 5)}, r"\[11, 5\], \[1, 5\]"),
+        ({"x": batch(), "scale": torch.tensor(1.0)}, r"\[11, 5\], \[\]"),
+        ("text", "none"),
+    ],
+    ids=["uneven", "scalar", "no_tensors"],
+)
+def test_no_number_for_tensors_without_a_common_axis(data, shapes):
+    with pytest.raises(ValueError, match=f"batch 0: chunk_size must be 'auto' or None unless .* of shapes {shapes}"):
+        estimate_importance(Seen(), [data], chunk_size=4, forward=lambda m, b: m(b["x"] * b["scale"]))
+
+
+def test_no_number_where_rows_are_not_samples():
+    model = Lambda(time_first, head=nn.Linear(5, 3).double())
+    with pytest.raises(ValueError, match="one scalar for each row of the batch, got 7 for 2 of its rows; pass chunk"):
+        estimate_importance(model, [batch(6, 7, 5)], chunk_size=2, forward=own)
+
+
+@pytest.mark.parametrize("row", [0, 1, 5, 10])
+def test_errors_count_samples_from_the_start_of_the_batch(row):
+    data = batch()
+    data[row, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match=f"batch 1: objective must be finite, got nan for sample {row}$"):
+        estimate_importance(Seen(), [batch(), data], chunk_size=2)
+
+
+def test_an_empty_batch_is_refused_as_ever():
+    with pytest.raises(ValueError, match="batch 0: .*at least one sample"):
+        estimate_importance(Seen(), [batch(0)], chunk_size=2)
+
+
+def test_a_pass_that_cuts_leaves_no_warning_and_verify_agrees(pairs):
+    model = Seen()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = verify(model, [batch()])
+    assert report.passed
