@@ -4,6 +4,7 @@ A pass over one large batch writes all its activations to memory and reads them 
 samples it gives the same Ω, and what a call leaves is still at hand when its backward comes.
 """
 
+import math
 import operator
 from collections.abc import Hashable
 from typing import Any
@@ -129,7 +130,7 @@ class Chunks:
         return [rows_of(batch, start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
     def _measured_size(self, batch: Any) -> int | None:
-        """Return the samples of a chunk, a power of two; None if the model does not take its rows one by one."""
+        """Return the samples of a chunk, the nearest power of two; None if the model does not take its rows one by one."""
         one, two = (self._kept_sizes(rows_of(batch, 0, rows)) for rows in (1, 2))
         if one is None or two is None or len(one) != len(two):
             return None
@@ -138,7 +139,7 @@ class Chunks:
         if not growth:
             return None
         wanted = max(self._bytes_a_tensor * len(growth), _TIMES_THE_WEIGHTS * self._weights)
-        return int(2 ** max(1, (wanted // sum(growth)).bit_length() - 1))
+        return int(2 ** max(1, round(math.log2(wanted / sum(growth))))) if wanted else 2
 
     def _kept_sizes(self, batch: Any) -> list[int] | None:
         """Return the bytes of all that a forward keeps for its backward; None if the model refuses the batch."""
