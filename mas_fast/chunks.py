@@ -130,7 +130,7 @@ class Chunks:
         return [rows_of(batch, start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
     def _measured_size(self, batch: Any) -> int | None:
-        """Return the samples of a chunk, the nearest power of two; None if the model does not take its rows one by one."""
+        """Return the samples of a chunk, the nearest power of two; None if rows cannot run one by one."""
         one, two = (self._kept_sizes(rows_of(batch, 0, rows)) for rows in (1, 2))
         if one is None or two is None or len(one) != len(two):
             return None
