@@ -506,14 +506,14 @@ void gather(Input type, Matrix rows, const int64_t* index, int64_t count, int64_
   });
 }
 
-// R rows of out += a w, in panels of NV vectors. Every entry adds up k in the same order, however rows are shared out.
+// R rows of a panel of out += a w. Every entry adds up k in the same order, however rows are shared out.
 template <class T, int R, int NV>
-inline void multiply_panel(const T* a, int64_t a_stride, const T* w, int64_t K, int64_t C, T* out) {
+inline void multiply_panel(const T* a, int64_t a_stride, const T* w, int64_t K, T* out, int64_t out_stride) {
   constexpr int64_t W = kWidth<T>;
   Vector<T> sum[R][NV];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) sum[r][v] = load<T>(out + r * C + v * W);
-  for (int64_t k = 0; k < K; ++k, w += C) {
+    for (int v = 0; v < NV; ++v) sum[r][v] = load<T>(out + r * out_stride + v * W);
+  for (int64_t k = 0; k < K; ++k, w += NV * W) {
     Vector<T> columns[NV];
     for (int v = 0; v < NV; ++v) columns[v] = load<T>(w + v * W);
 #pragma GCC unroll 8
@@ -521,93 +521,120 @@ inline void multiply_panel(const T* a, int64_t a_stride, const T* w, int64_t K, 
       for (int v = 0; v < NV; ++v) sum[r][v] += broadcast<T>(a[r * a_stride + k]) * columns[v];
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) store<T>(out + r * C + v * W, sum[r][v]);
+    for (int v = 0; v < NV; ++v) store<T>(out + r * out_stride + v * W, sum[r][v]);
 }
 
-template <class T, int R>
-void multiply_rows(const T* a, int64_t a_stride, const T* w, int64_t K, int64_t C, T* out) {
-  constexpr int64_t W = kWidth<T>;
-  int64_t c = 0;
-  for (; c + 2 * W <= C; c += 2 * W) multiply_panel<T, R, 2>(a, a_stride, w + c, K, C, out + c);
-  for (; c + W <= C; c += W) multiply_panel<T, R, 1>(a, a_stride, w + c, K, C, out + c);
-  for (; c < C; ++c) {
-    for (int r = 0; r < R; ++r) {
-      T sum = out[r * C + c];
-      for (int64_t k = 0; k < K; ++k) sum += a[r * a_stride + k] * w[k * C + c];
-      out[r * C + c] = sum;
-    }
+// The same for `rows` ≤ R rows and all panels.
+template <class T, int R, int NV>
+void multiply_rows(const T* a, int64_t a_stride, const T* w, int64_t rows, int64_t K, int64_t C, T* out) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_rows<T, R - 1, NV>(a, a_stride, w, rows, K, C, out);
   }
+  constexpr int64_t width = NV * kWidth<T>;
+  int64_t c = 0;
+  for (; c + width <= C; c += width, w += K * width) multiply_panel<T, R, NV>(a, a_stride, w, K, out + c, C);
+  if (c == C) return;
+  T edge[R * width] = {};
+  for (int r = 0; r < R; ++r) std::memcpy(edge + r * width, out + r * C + c, (C - c) * sizeof(T));
+  multiply_panel<T, R, NV>(a, a_stride, w, K, edge, width);
+  for (int r = 0; r < R; ++r) std::memcpy(out + r * C + c, edge + r * width, (C - c) * sizeof(T));
 }
 
-template <class T, int MR>
+// Rows are shared out evenly: a few left over would keep the multipliers waiting.
+template <class T, int MR, int NV>
 void multiply(const T* a, int64_t a_stride, const T* w, int64_t rows, int64_t K, int64_t C, T* out) {
-  int64_t r = 0;
-  for (; r + MR <= rows; r += MR) multiply_rows<T, MR>(a + r * a_stride, a_stride, w, K, C, out + r * C);
-  for (; r + 2 <= rows; r += 2) multiply_rows<T, 2>(a + r * a_stride, a_stride, w, K, C, out + r * C);
-  for (; r < rows; ++r) multiply_rows<T, 1>(a + r * a_stride, a_stride, w, K, C, out + r * C);
+  const int64_t blocks = (rows + MR - 1) / MR;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = block * rows / blocks, end = (block + 1) * rows / blocks;
+    multiply_rows<T, MR, NV>(a + first * a_stride, a_stride, w, end - first, K, C, out + first * C);
+  }
 }
 
 // eˣ = scale + scale · part for x ≤ 0. With scale a power of two and part to its full relative precision, eˣ − 1 =
 // (scale − 1) + scale · part loses nothing near 0. Below the least normal number, it stays there.
 template <class T>
 struct Power {
-  T scale, part;
+  Vector<T> scale, part;
 };
-inline Power<float> power_of_e(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 0x1.715476p+0f + 0x1.8p+23f;  // x / ln 2, rounded to the integer in its last bits
-  const float count = shifted - 0x1.8p+23f;
-  const float r = x - count * 0x1.63p-1f - count * -0x1.bd0106p-13f;
-  constexpr float terms[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f};
-  float series = 0;
-#pragma GCC unroll 16
-  for (const float term : terms) series = series * r + term;
-  return {__builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23), r + r * r * series};
-}
-inline Power<double> power_of_e(double x) {
-  x = x < -708.0 ? -708.0 : x;
-  const double shifted = x * 0x1.71547652b82fep+0 + 0x1.8p+52;
-  const double count = shifted - 0x1.8p+52;
-  const double r = x - count * 0x1.62e42feep-1 - count * 0x1.a39ef35793c76p-33;
-  constexpr double terms[] = {
+template <class T>
+struct Exponential;
+template <>
+struct Exponential<float> {
+  static constexpr float kLeast = -87.0f, kShift = 0x1.8p+23f, kPerLog2 = 0x1.715476p+0f;
+  static constexpr float kLog2 = 0x1.63p-1f, kLog2Rest = -0x1.bd0106p-13f;  // ln 2, in two parts
+  static constexpr uint32_t kBias = 127, kMantissaBits = 23;
+  static constexpr float kTerms[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f};
+};
+template <>
+struct Exponential<double> {
+  static constexpr double kLeast = -708.0, kShift = 0x1.8p+52, kPerLog2 = 0x1.71547652b82fep+0;
+  static constexpr double kLog2 = 0x1.62e42feep-1, kLog2Rest = 0x1.a39ef35793c76p-33;
+  static constexpr uint64_t kBias = 1023, kMantissaBits = 52;
+  static constexpr double kTerms[] = {
       1.0 / 87178291200, 1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
       1.0 / 5040,        1.0 / 720,        1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5};
-  double series = 0;
+};
+template <class T>
+inline Power<T> power_of_e(Vector<T> x) {
+  using E = Exponential<T>;
+  using Bits = typename Lanes<T>::Bits;
+  x = x < E::kLeast ? broadcast<T>(E::kLeast) : x;
+  const Vector<T> shifted = x * E::kPerLog2 + E::kShift;  // x / ln 2, rounded to the integer in its last bits
+  const Vector<T> count = shifted - E::kShift;
+  const Vector<T> r = x - count * E::kLog2 - count * E::kLog2Rest;
+  Vector<T> series{};
 #pragma GCC unroll 16
-  for (const double term : terms) series = series * r + term;
-  return {__builtin_bit_cast(double, (__builtin_bit_cast(uint64_t, shifted) + 1023u) << 52), r + r * r * series};
+  for (const T term : E::kTerms) series = series * r + term;
+  return {(Vector<T>)(((Bits)shifted + E::kBias) << E::kMantissaBits), r + r * r * series};
 }
 template <class T>
-inline T sigmoid(T x) {
-  const Power<T> power = power_of_e(x < 0 ? x : -x);
-  const T e = power.scale + power.scale * power.part;
-  return (x < 0 ? e : T(1)) / (1 + e);
+inline Vector<T> sigmoid(Vector<T> x) {
+  const auto negative = x < T(0);
+  const Power<T> power = power_of_e<T>(negative ? x : -x);
+  const Vector<T> e = power.scale + power.scale * power.part;
+  return (negative ? e : broadcast<T>(1)) / (T(1) + e);
 }
 template <class T>
-inline T hyperbolic_tangent(T x) {
-  const Power<T> power = power_of_e(x < 0 ? 2 * x : -2 * x);
-  const T less = (power.scale - 1) + power.scale * power.part;
-  return (x < 0 ? less : -less) / (2 + less);
+inline Vector<T> hyperbolic_tangent(Vector<T> x) {
+  const auto negative = x < T(0);
+  const Power<T> power = power_of_e<T>(T(2) * (negative ? x : -x));
+  const Vector<T> less = (power.scale - T(1)) + power.scale * power.part;
+  return (negative ? less : -less) / (T(2) + less);
+}
+
+// Cells from k on, as many as `count` of a vector. Written with vectors: GCC 12 leaves the loop over cells scalar for
+// AVX2, which takes ten times as long.
+template <class T>
+inline void lstm_cells(T* __restrict gates, const T* __restrict recurrent, const T* __restrict c, int64_t H,
+                       T* __restrict next, T* __restrict u, T* __restrict to_c, T* __restrict kept, int64_t k,
+                       int64_t count) {
+  const auto read = [count](const T* p) {
+    Vector<T> v{};
+    std::memcpy(&v, p, count * sizeof(T));
+    return v;
+  };
+  const auto write = [count](T* p, Vector<T> v) { std::memcpy(p, &v, count * sizeof(T)); };
+  const auto gate = [&](int64_t which) { return read(gates + which * H + k) + read(recurrent + which * H + k); };
+  const Vector<T> i = sigmoid<T>(gate(0)), f = sigmoid<T>(gate(1)), g = hyperbolic_tangent<T>(gate(2));
+  const Vector<T> o = sigmoid<T>(gate(3)), before = read(c + k);
+  const Vector<T> cell = f * before + i * g, tanh_c = hyperbolic_tangent<T>(cell);
+  write(next + k, cell);
+  write(u + k, o * tanh_c);
+  write(to_c + k, o * (T(1) - tanh_c * tanh_c));
+  write(kept + k, f);
+  write(gates + k, g * i * (T(1) - i));
+  write(gates + H + k, before * f * (T(1) - f));
+  write(gates + 2 * H + k, i * (T(1) - g * g));
+  write(gates + 3 * H + k, tanh_c * o * (T(1) - o));
 }
 
 template <class T>
-void lstm_ahead(T* __restrict gates, const T* __restrict recurrent, const T* __restrict c, int64_t H,
-                T* __restrict next, T* __restrict u, T* __restrict to_c, T* __restrict kept) {
-#pragma omp simd
-  for (int64_t k = 0; k < H; ++k) {
-    const T i = sigmoid(gates[k] + recurrent[k]), f = sigmoid(gates[H + k] + recurrent[H + k]);
-    const T g = hyperbolic_tangent(gates[2 * H + k] + recurrent[2 * H + k]);
-    const T o = sigmoid(gates[3 * H + k] + recurrent[3 * H + k]);
-    const T cell = f * c[k] + i * g, tanh_c = hyperbolic_tangent(cell);
-    next[k] = cell;
-    u[k] = o * tanh_c;
-    to_c[k] = o * (1 - tanh_c * tanh_c);
-    kept[k] = f;
-    gates[k] = g * i * (1 - i);
-    gates[H + k] = c[k] * f * (1 - f);
-    gates[2 * H + k] = i * (1 - g * g);
-    gates[3 * H + k] = tanh_c * o * (1 - o);
+void lstm_ahead(T* gates, const T* recurrent, const T* c, int64_t H, T* next, T* u, T* to_c, T* kept) {
+  int64_t k = 0;
+  for (; k + kWidth<T> <= H; k += kWidth<T>) {
+    lstm_cells<T>(gates, recurrent, c, H, next, u, to_c, kept, k, kWidth<T>);
   }
+  if (k < H) lstm_cells<T>(gates, recurrent, c, H, next, u, to_c, kept, k, H - k);
 }
 
 template <class T>
@@ -626,10 +653,21 @@ void lstm_back(const T* __restrict u, const T* __restrict to_gates, const T* __r
 template <class T, int MR, int NV>
 constexpr Kernels<T> kernels_of() {
   constexpr int NR = NV * kWidth<T>;
-  return {
-      MR,       NR,           kWidth<T>,    pack<T, MR, NR>, pick<T, NV>,     tile<T, MR, NV>, tile_in_place<T, MR, NV>,
-      fold<T>,  transpose<T>, depthwise<T>, affine<T>,       multiply<T, MR>, lstm_ahead<T>,   lstm_back<T>,
-      gather<T>};
+  return {MR,
+          NR,
+          kWidth<T>,
+          pack<T, MR, NR>,
+          pick<T, NV>,
+          tile<T, MR, NV>,
+          tile_in_place<T, MR, NV>,
+          fold<T>,
+          transpose<T>,
+          depthwise<T>,
+          affine<T>,
+          multiply<T, MR, NV>,
+          lstm_ahead<T>,
+          lstm_back<T>,
+          gather<T>};
 }
 
 }  // namespace

@@ -37,11 +37,24 @@ void for_samples(int64_t samples, int64_t work_per_sample, const F& walk) {
   torch::stable::parallel_for(0, samples, grain, walk);
 }
 
-// wᵀ, [C, R], of w [R, C].
+// w [K, C], or the transpose of w [C, K], in panels of columns as Kernels::multiply takes it: rows of w itself are
+// often a power of two apart, where they drive each other out of the cache.
 template <class T>
-struct Transposed : Scratch<T> {
-  Transposed(const Tensor& w, int64_t R, int64_t C) : Scratch<T>(R * C) {
-    kernels_for<T>().transpose(input_type(w), {w.const_data_ptr(), C, 1}, R, C, this->get(), R);
+struct Packed : Scratch<T> {
+  Packed(const Tensor& w, int64_t K, int64_t C, bool transposed)
+      : Scratch<T>(ceil_div(C, kernels_for<T>().tile_columns) * K * kernels_for<T>().tile_columns) {
+    const Kernels<T>& kernel = kernels_for<T>();
+    const T* const data = static_cast<const T*>(w.const_data_ptr());
+    for (int64_t first = 0; first < C; first += kernel.tile_columns) {
+      const int64_t columns = std::min(kernel.tile_columns, C - first);
+      T* const panel = this->get() + first * K;
+      if (transposed) {
+        if (columns < kernel.tile_columns) std::fill_n(panel, K * kernel.tile_columns, T(0));
+        kernel.transpose(input_type(w), {data + first * K, K, 1}, columns, K, panel, kernel.tile_columns);
+      } else {
+        kernel.pack(input_type(w), {data + first, C, 1}, K, columns, kernel.tile_columns, Magnitude::kPlain, panel);
+      }
+    }
   }
 };
 
@@ -53,9 +66,9 @@ void run_ahead(Tensor& gates, Tensor& states, Tensor& cells, Tensor& to_c, Tenso
   const int64_t steps = kept.size(0), samples = kept.size(1), H = kept.size(2), P = states.size(2);
   const auto data = [](const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); };
   const auto written = [](Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
-  const Transposed<T> w(w_hh, 4 * H, P);
-  std::optional<Transposed<T>> projection;
-  if (w_hr) projection.emplace(*w_hr, P, H);
+  const Packed<T> w(w_hh, P, 4 * H, true);
+  std::optional<Packed<T>> projection;
+  if (w_hr) projection.emplace(*w_hr, H, P, true);
   const T* const bias = b_hh ? data(*b_hh) : nullptr;
   T *const z = written(gates), *const h = written(states), *const c = written(cells);
   T *const cell = written(to_c), *const keep = written(kept);
@@ -96,8 +109,10 @@ void run_back(Tensor& delta, Tensor& of_h, Tensor& of_c, const Tensor& w_hh, con
   const Kernels<T>& kernel = kernels_for<T>();
   const int64_t steps = kept.size(0), samples = kept.size(1), H = kept.size(2), P = of_h.size(2);
   const auto data = [](const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); };
-  const T *w = data(w_hh), *gates = data(to_gates), *cell = data(to_c), *keep = data(kept);
-  const T* const projection = w_hr ? data(*w_hr) : nullptr;
+  const T *gates = data(to_gates), *cell = data(to_c), *keep = data(kept);
+  const Packed<T> w(w_hh, 4 * H, P, false);
+  std::optional<Packed<T>> projection;
+  if (w_hr) projection.emplace(*w_hr, P, H, false);
   T* const d = static_cast<T*>(delta.mutable_data_ptr());
   T* const h = static_cast<T*>(of_h.mutable_data_ptr());
   T* const c = static_cast<T*>(of_c.mutable_data_ptr());
@@ -111,7 +126,7 @@ void run_back(Tensor& delta, Tensor& of_h, Tensor& of_c, const Tensor& w_hh, con
       T* const before = h + ((reverse ? t + 1 : t) * samples + first) * P;
       if (projection) {
         std::fill_n(unprojected.get(), rows * H, T(0));
-        kernel.multiply(arrived, P, projection, rows, P, H, unprojected.get());
+        kernel.multiply(arrived, P, projection->get(), rows, P, H, unprojected.get());
         arrived = unprojected.get();
       }
       const int64_t row = t * samples + first;
@@ -119,7 +134,7 @@ void run_back(Tensor& delta, Tensor& of_h, Tensor& of_c, const Tensor& w_hh, con
         kernel.lstm_back(arrived + n * H, gates + (row + n) * 4 * H, cell + (row + n) * H, keep + (row + n) * H, H,
                          c + (first + n) * H, d + (row + n) * 4 * H);
       }
-      kernel.multiply(d + row * 4 * H, 4 * H, w, rows, 4 * H, P, before);
+      kernel.multiply(d + row * 4 * H, 4 * H, w.get(), rows, 4 * H, P, before);
     }
   });
 }
