@@ -12,6 +12,8 @@ from torch import Tensor
 from mas_fast.capture.layout import Layout, split_samples
 from mas_fast.kernels import ops
 
+_ALL = slice(None)
+
 
 class Delta(NamedTuple):
     """The gradient of a call's output, with the sample axis known."""
@@ -19,11 +21,12 @@ class Delta(NamedTuple):
     value: Tensor  # δ, in the shape of the output
     layout: Layout | None  # None: the batch is one sample
     samples: int
-    part: slice = slice(None)  # of the samples, to look at only some of them
+    part: slice = _ALL  # of the samples, to look at only some of them
 
     def split(self, tensor: Tensor) -> Tensor:
         """Give a tensor that shares the output's leading axes a first axis of N samples."""
-        return split_samples(tensor, self.layout, self.samples)[self.part]
+        rows = split_samples(tensor, self.layout, self.samples)
+        return rows if self.part == _ALL else rows[self.part]
 
     def widened(self, part: slice) -> "Delta":
         """Return δ in no less than float32, of some of the samples: for gradients that are summed."""

@@ -45,6 +45,24 @@ _MAKERS = frozenset(
 
 _HOOKS = frozenset([torch.Tensor.register_hook])
 
+# Calls that only tell what kind of tensor one is: nothing flows through them, and where rows go shows in other calls.
+_QUESTIONS = frozenset(
+    [
+        *(getattr(torch, name) for name in "is_floating_point is_complex numel".split()),
+        *(
+            getattr(torch.Tensor, name)
+            for name in "dim ndimension size stride numel nelement element_size is_floating_point is_complex "
+            "is_contiguous get_device __len__".split()
+        ),
+        *(getattr(torch.Tensor, name).__get__ for name in "shape ndim dtype device layout is_cuda _version".split()),
+    ]
+)
+
+# (key of the trace, N)
+Program = tuple[int, int]
+
+_PLAIN = (int, float, bool, str, torch.Size, type(None))
+
 # What a way that does not fit returns, for None is a result.
 _UNFIT = object()
 
@@ -56,7 +74,7 @@ class Forward(TorchFunctionMode):
         taps: Where δ will be seen, in the order of the calls.
         unreached: Where it will not, because the graph of the objectives does not lead there.
         again: A call turned out to be understood wrongly: the batch must be run again.
-        program: (trace, N), once the forward is through; what was proved for one holds for another like it.
+        program: What ran, once the forward is through; what was proved for one holds for another of the same.
         reentrant: Some calls were made out of sight of autograd, by a reentrant checkpoint, and come in the backward.
         recomputes: Calls are made again in the backward.
         half: Some of the calls that use parameters return float16.
@@ -69,12 +87,13 @@ class Forward(TorchFunctionMode):
         self.taps: list[Tap] = []
         self.unreached: list[Tap] = []
         self.again = False
-        self.program: Hashable = None
+        self.program: Program = (0, 0)
         self.trace = Trace()
         self.reentrant = False
         self.recomputes = False
         self.half = False
         self.in_sweep: Callable[[Tap], None] | None = None
+        self._checkpoint = ""  # what an activation checkpoint was doing at the last call that used a parameter
         self.token = torch.zeros((), requires_grad=True)
         self._tracked: dict[int, Tracked] = {}
         self._constants: dict[int, Tensor] = {}  # made in this forward from no data
@@ -116,6 +135,8 @@ class Forward(TorchFunctionMode):
     ) -> Any:
         """Run a call; where it uses a tracked tensor, in the way that fits."""
         kwargs = kwargs or {}
+        if func in _QUESTIONS:
+            return func(*args, **kwargs)
         if self._cuts:
             args, kwargs = replaced(list(args), self._beyond_cut), replaced(dict(kwargs), self._beyond_cut)
         refuse(self.capture.model, func, args, kwargs)
@@ -187,8 +208,9 @@ class Forward(TorchFunctionMode):
 
     def _site(self, func: Any, used: Mapping[int, Tracked], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Site:
         call_name = _call_name(func)
-        names = tuple(name for source in used.values() for name in source.names)
-        if _repeats_a_checkpoint():
+        names = tuple([name for source in used.values() for name in source.names])
+        self._checkpoint = _checkpoint_hook()
+        if _repeats(self._checkpoint):
             # It has to do what the first run did, and that was the same for all calls of its kind.
             alike = self.capture.alike.get(_kind(call_name, names, used, args, kwargs))
             if alike is not None:
@@ -199,7 +221,7 @@ class Forward(TorchFunctionMode):
         if site is None:
             ways = self._ways(func, used, args, kwargs)
             site = self.capture.sites[call_name, names, count] = Site(call_name, ways)
-        if _in_checkpoint():
+        if _runs_in(self._checkpoint):
             self.capture.alike.setdefault(_kind(call_name, names, used, args, kwargs), site)
         return site
 
@@ -366,7 +388,6 @@ class Forward(TorchFunctionMode):
         if binding.accumulate is None:
             for source in roles.values():
                 self._join(source.names)
-        candidates = {axis for source in roles.values() for axis in binding.axes(output.shape, source.tensor.shape)}
         tap = Tap(
             site,
             binding.rule,
@@ -375,11 +396,11 @@ class Forward(TorchFunctionMode):
             binding.gradients,
             binding.join,
             output.shape,
-            tuple(sorted(candidates)),
+            binding.axes,
         )
-        self.recomputes |= _in_checkpoint()
+        self.recomputes |= _runs_in(self._checkpoint)
         # What a checkpoint repeats only gives back the tensors that the first run would have saved.
-        if not _repeats_a_checkpoint():
+        if not _repeats(self._checkpoint):
             if self.in_sweep is not None:
                 self.in_sweep(tap)
             self.taps.append(tap)
@@ -525,7 +546,11 @@ def _detached(args: Any, kwargs: Any, used: Mapping[int, Tracked]) -> tuple[Any,
     def detached(t: Tensor) -> Tensor:
         return t.detach() if id(t) in used else t
 
-    return [replaced(a, detached) for a in args], {key: replaced(a, detached) for key, a in kwargs.items()}
+    # Most arguments are tensors or numbers, which need no walk.
+    return (
+        [detached(a) if isinstance(a, Tensor) else a if type(a) in _PLAIN else replaced(a, detached) for a in args],
+        {key: replaced(a, detached) for key, a in kwargs.items()} if kwargs else {},
+    )
 
 
 def _checkpoint_hook() -> str:
@@ -534,12 +559,12 @@ def _checkpoint_hook() -> str:
     return hooks[0].__qualname__ if hooks and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint" else ""
 
 
-def _in_checkpoint() -> bool:
-    return _checkpoint_hook().startswith("_checkpoint_hook")
+def _runs_in(checkpoint: str) -> bool:
+    return checkpoint.startswith("_checkpoint_hook")
 
 
-def _repeats_a_checkpoint() -> bool:
-    return _checkpoint_hook().startswith("_recomputation_hook")
+def _repeats(checkpoint: str) -> bool:
+    return checkpoint.startswith("_recomputation_hook")
 
 
 def _kind(

@@ -1,6 +1,6 @@
 """The point where a call's δ is seen: an identity in the graph, behind the call's ordinary output."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,10 +38,16 @@ class Tap:
     gradients: Gradients
     join: Join | None
     shape: torch.Size  # of the output
-    axes: tuple[int, ...]  # of the output, that may hold the samples
+    candidates: Callable[[torch.Size, torch.Size], Iterable[int]]  # see `Binding.axes`
     receive: Receive = _too_early
     layout: Layout | None = field(default=None)  # where the samples of this forward are, once that is known
     weighted: Fingerprint | None = field(default=None)
+
+    @property
+    def axes(self) -> list[int]:
+        """The axes of the output that may hold the samples."""
+        shapes = [source.tensor.shape for source in self.roles.values()]
+        return sorted({axis for shape in shapes for axis in self.candidates(self.shape, shape)})
 
     @property
     def names(self) -> set[str]:

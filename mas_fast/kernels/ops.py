@@ -303,13 +303,13 @@ def accumulate_linear_(omega: Tensor, grad_output: Tensor, input: Tensor, square
     """
     _check_omega("omega", omega, 2)
     samples, positions = _check_data("grad_output", grad_output, omega, 3).shape[:2]
-    _check_shape("grad_output", grad_output, [samples, positions, omega.shape[0]])
-    _check_shape("input", _check_data("input", input, omega, 3), [samples, positions, omega.shape[1]])
+    _check_shape("grad_output", grad_output, (samples, positions, omega.shape[0]))
+    _check_shape("input", _check_data("input", input, omega, 3), (samples, positions, omega.shape[1]))
     if not omega.is_contiguous() and omega.mT.is_contiguous():
         # Ωᵀ of y = W x is Ω with x and δ exchanged.
         omega, grad_output, input = omega.mT, input, grad_output
     grad_output, input = _common_dtype(omega, grad_output, input)
-    _add_into(omega, torch.ops.mas_fast.accumulate_linear_, grad_output, input, square)
+    _add_into(omega, torch.ops.mas_fast.accumulate_linear_.default, grad_output, input, square)
 
 
 def accumulate_conv_(
@@ -347,16 +347,16 @@ def accumulate_conv_(
     if groups < 1 or omega.shape[0] % groups:
         raise ValueError(f"groups must divide the {omega.shape[0]} output channels, got {groups}")
     samples = _check_data("input", input, omega, axes + 2).shape[0]
-    _check_shape("input", input, [samples, omega.shape[1] * groups, *input.shape[2:]])
+    _check_shape("input", input, (samples, omega.shape[1] * groups, *input.shape[2:]))
     out = [
         (size + 2 * p - d * (kernel - 1) - 1) // s + 1
         for size, kernel, s, p, d in zip(input.shape[2:], omega.shape[2:], stride, padding, dilation, strict=True)
     ]
     _check_data("grad_output", grad_output, omega, axes + 2)
-    _check_shape("grad_output", grad_output, [samples, omega.shape[0], *out])
+    _check_shape("grad_output", grad_output, (samples, omega.shape[0], *out))
     grad_output, input = _common_dtype(omega, grad_output, input)
     geometry = list(stride), list(padding), list(dilation), groups
-    _add_into(omega, torch.ops.mas_fast.accumulate_conv_, grad_output, input, *geometry, square)
+    _add_into(omega, torch.ops.mas_fast.accumulate_conv_.default, grad_output, input, *geometry, square)
 
 
 def accumulate_embedding_(
@@ -376,14 +376,14 @@ def accumulate_embedding_(
     """
     _check_omega("omega", omega, 2)
     samples, positions = _check_data("grad_output", grad_output, omega, 3).shape[:2]
-    _check_shape("grad_output", grad_output, [samples, positions, omega.shape[1]])
-    _check_shape("ids", ids, [samples, positions])
+    _check_shape("grad_output", grad_output, (samples, positions, omega.shape[1]))
+    _check_shape("ids", ids, (samples, positions))
     if ids.dtype not in (torch.int32, torch.int64) or ids.device != omega.device:
         raise ValueError(f"ids must be int32 or int64 on {omega.device}, got {ids.dtype} on {ids.device}")
     if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < omega.shape[0]:
         raise ValueError(f"ids must lie in [0, {omega.shape[0]}), got {int(ids.min())} to {int(ids.max())}")
     (grad_output,) = _common_dtype(omega, grad_output)
-    _add_into(omega, torch.ops.mas_fast.accumulate_embedding_, grad_output, ids.long(), padding_idx, square)
+    _add_into(omega, torch.ops.mas_fast.accumulate_embedding_.default, grad_output, ids.long(), padding_idx, square)
 
 
 def accumulate_affine_(
@@ -409,28 +409,32 @@ def accumulate_affine_(
     Raises:
         ValueError: A shape, dtype or device does not fit, or nothing is to be accumulated.
     """
-    given = {"omega_weight": omega_weight, "omega_bias": omega_bias}
-    omegas = {name: omega for name, omega in given.items() if omega is not None}
-    if not omegas:
+    first = omega_bias if omega_weight is None else omega_weight
+    if first is None:
         raise ValueError("omega_weight or omega_bias must be a tensor, got None for both")
-    first = next(iter(omegas.values()))
-    for name, omega in omegas.items():
+    for name, omega in (("omega_weight", omega_weight), ("omega_bias", omega_bias)):
+        if omega is None:
+            continue
         _check_omega(name, omega, 1)
         if omega.shape != first.shape or omega.dtype != first.dtype:
             raise ValueError(f"omega_weight and omega_bias must agree, got {first.shape} and {omega.shape}")
     shape = _check_data("grad_output", grad_output, first, 4).shape
-    _check_shape("grad_output", grad_output, [*shape[:2], first.shape[0], shape[3]])
+    _check_shape("grad_output", grad_output, (*shape[:2], first.shape[0], shape[3]))
     if omega_weight is None:
         input = mean = rstd = None
     elif input is None:
         raise ValueError("input must be a tensor where omega_weight is given, got None")
     else:
-        _check_shape("input", _check_data("input", input, first, 4), list(shape))
+        _check_shape("input", _check_data("input", input, first, 4), shape)
         grad_output, input = _common_dtype(first, grad_output, input)
         mean, rstd = (None if t is None else t.to(first.dtype).broadcast_to(shape) for t in (mean, rstd))
     (grad_output,) = _common_dtype(first, grad_output)
+    data = grad_output, input, mean, rstd, square
+    if all(omega is None or omega.is_contiguous() for omega in (omega_weight, omega_bias)):
+        torch.ops.mas_fast.accumulate_affine_.default(omega_weight, omega_bias, *data)
+        return
     with contiguous(omega_weight) as weight, contiguous(omega_bias) as bias:
-        torch.ops.mas_fast.accumulate_affine_(weight, bias, grad_output, input, mean, rstd, square)
+        torch.ops.mas_fast.accumulate_affine_.default(weight, bias, *data)
 
 
 @contextmanager
@@ -470,16 +474,15 @@ def _check_data(name: str, data: Tensor, omega: Tensor, dims: int) -> Tensor:
     return data
 
 
-def _check_shape(name: str, data: Tensor, shape: Sequence[int]) -> None:
-    if list(data.shape) != list(shape):
+def _check_shape(name: str, data: Tensor, shape: tuple[int, ...]) -> None:
+    if data.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(data.shape)}")
 
 
 def _common_dtype(omega: Tensor, *data: Tensor) -> tuple[Tensor, ...]:
     """Bring data to one dtype that the kernels take: float64 for a float64 Ω, else float32, bfloat16 or float16."""
-    if omega.dtype == torch.float64:
-        dtype = torch.float64
-    else:
+    dtype = omega.dtype
+    if dtype != torch.float64:
         dtypes = {t.dtype for t in data}
         narrow = dtypes in ({torch.bfloat16}, {torch.float16})
         dtype = dtypes.pop() if narrow else torch.float32
