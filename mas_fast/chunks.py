@@ -1,17 +1,19 @@
-"""How many samples of a batch run at a time: enough to keep every call busy, and few enough for the caches.
+"""How many samples run at a time: enough to keep every call busy, and few enough for the caches.
 
 A pass over one large batch writes all its activations to memory and reads them back, page by page. Cut along its
-samples it gives the same Ω, and what a call leaves is still at hand when its backward comes.
+samples it gives the same Ω, and what a call leaves is still at hand when its backward comes. Small batches of a small
+model spend their time between the calls: joined they give the same Ω, too.
 """
 
 import math
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils.data import DataLoader
 
 from mas_fast.capture.refuse import Refusing
 from mas_fast.capture.session import uncompiled
@@ -22,6 +24,10 @@ from mas_fast.reference import default_forward
 _BYTES_A_TENSOR = 2 << 20
 # The same where a recurrent layer is, whose steps are calls of their own.
 _BYTES_A_TENSOR_OF_STEPS = 4 << 20
+# What the forward of joined batches keeps for its backward, at most: an ordinary backward would keep less.
+_JOINED_BYTES = 4 << 20
+# From how many batches on joining them is felt.
+_MANY_BATCHES = 16
 # Weights and Ω are read and written once for each chunk: activations of so many times the weights outweigh that.
 _TIMES_THE_WEIGHTS = 4
 # What a model raises for a batch that it cannot take.
@@ -90,7 +96,7 @@ class Chunks:
         self._weights = sum(p.numel() * p.element_size() for p in own)
         recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._bytes_a_tensor = _BYTES_A_TENSOR_OF_STEPS if recurrent else _BYTES_A_TENSOR
-        self._sizes: dict[Hashable, int | None] = {}
+        self._growths: dict[Hashable, list[int] | None] = {}
 
     def cut(self, batch: Any) -> list[Any]:
         """Return the chunks of a batch, in its order; the batch itself where it is not cut.
@@ -112,34 +118,76 @@ class Chunks:
         starts = range(0, max(rows, 1), self._chunk_size)
         return [rows_of(batch, start, start + self._chunk_size) for start in starts] if len(starts) > 1 else [batch]
 
+    def join(self, data: Any, batches: Iterable[Any]) -> Iterator[tuple[range, Any]]:
+        """Walk over batches, small ones joined; yield which they are, and the batch.
+
+        Only lists, tuples and data loaders are joined: a generator may change the model from batch to batch, as to
+        another head, and must not run ahead.
+
+        Args:
+            data: Where the batches come from.
+            batches: The same, perhaps behind a progress bar.
+        """
+        loader = isinstance(data, DataLoader)
+        many = self.is_auto and (loader or type(data) in (list, tuple)) and _length(data) >= _MANY_BATCHES
+        waiting: list[Tensor] = []
+        most = 0  # rows that may wait for each other
+        index = -1
+        for index, batch in enumerate(batches):
+            x = _only_input(batch) if many else None
+            goes_on = x is not None and waiting and _alike(x, waiting[0]) and sum(map(len, waiting)) + len(x) <= most
+            if waiting and not goes_on:
+                yield range(index - len(waiting), index), _joined(waiting)
+                waiting = []
+            if x is not None and not goes_on:
+                most = self._most_joined(x)
+            if x is None or (not waiting and 2 * len(x) > most):
+                yield range(index, index + 1), batch
+            else:
+                # A loader may fill the same memory again.
+                waiting.append(x.clone() if loader else x)
+        if waiting:
+            yield range(index + 1 - len(waiting), index + 1), _joined(waiting)
+
+    def _most_joined(self, x: Tensor) -> int:
+        """Return how many samples batches may be joined to."""
+        try:
+            growth = self._growth_of(x if len(x) > 1 else torch.cat([x, x]))
+        except CaptureError:
+            return 0  # what is refused is refused where the batch runs, which is named there
+        return _JOINED_BYTES // sum(growth) if growth else 0
+
     def _cut_well(self, batch: Any) -> list[Any]:
         rows = count_rows(batch) or 0
         # The smallest chunk is a pair, for some models drop the axis of one.
         if rows < 4 or not _is_plain(batch):
             return [batch]
-        # Not for every length of a sequence anew: samples within a factor of two of each other share a size.
-        kind = kind_of(batch), tuple(tensor[0].numel().bit_length() for tensor in tensors_of(batch))
-        if kind not in self._sizes:
-            self._sizes[kind] = self._measured_size(batch)
-        size = self._sizes[kind]
-        if size is None or rows < 2 * size:
+        growth = self._growth_of(batch)
+        if growth is None:
+            return [batch]
+        # The nearest power of two.
+        wanted = max(self._bytes_a_tensor * len(growth), _TIMES_THE_WEIGHTS * self._weights)
+        size = int(2 ** max(1, round(math.log2(wanted / sum(growth))))) if wanted else 2
+        if rows < 2 * size:
             return [batch]
         # What is left over goes with the last chunk if it is no more than half of one.
         count = rows // size + (rows % size > size // 2)
         edges = [size * index for index in range(count)] + [rows]
         return [rows_of(batch, start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
-    def _measured_size(self, batch: Any) -> int | None:
-        """Return the samples of a chunk, the nearest power of two; None if rows cannot run one by one."""
-        one, two = (self._kept_sizes(rows_of(batch, 0, rows)) for rows in (1, 2))
-        if one is None or two is None or len(one) != len(two):
-            return None
-        # Neither masks nor what is made of weights alone: only what grows with the samples.
-        growth = [after - before for before, after in zip(one, two, strict=True) if after > before]
-        if not growth:
-            return None
-        wanted = max(self._bytes_a_tensor * len(growth), _TIMES_THE_WEIGHTS * self._weights)
-        return int(2 ** max(1, round(math.log2(wanted / sum(growth))))) if wanted else 2
+    def _growth_of(self, batch: Any) -> list[int] | None:
+        """Return the bytes that a sample adds to each tensor that a forward keeps; None if rows cannot run one by one.
+
+        Neither masks nor what is made of weights alone: only what grows with the samples.
+        """
+        # Not for every length of a sequence anew: samples within a factor of two of each other count as of one kind.
+        kind = kind_of(batch), tuple(tensor[0].numel().bit_length() for tensor in tensors_of(batch))
+        if kind not in self._growths:
+            one, two = (self._kept_sizes(rows_of(batch, 0, rows)) for rows in (1, 2))
+            comparable = one is not None and two is not None and len(one) == len(two)
+            growth = [after - before for before, after in zip(one or (), two or (), strict=False) if after > before]
+            self._growths[kind] = growth if comparable and growth else None
+        return self._growths[kind]
 
     def _kept_sizes(self, batch: Any) -> list[int] | None:
         """Return the bytes of all that a forward keeps for its backward; None if the model refuses the batch."""
@@ -167,13 +215,33 @@ def _is_plain(batch: Any) -> bool:
     """Return whether nothing but the rows of tensors can tell samples apart, and all are on the CPU."""
     values = batch.values() if isinstance(batch, dict) else batch[:1] if isinstance(batch, (tuple, list)) else [batch]
     return all(
-        value is None
-        or isinstance(value, (bool, int, float, str))
-        or (
-            isinstance(value, Tensor)
-            and value.device.type == "cpu"
-            and value.layout == torch.strided
-            and not value.is_nested
-        )
-        for value in values
+        value is None or isinstance(value, (bool, int, float, str, Tensor)) and _on_cpu(value) for value in values
     )
+
+
+def _on_cpu(value: Any) -> bool:
+    return not isinstance(value, Tensor) or (
+        value.device.type == "cpu" and value.layout == torch.strided and not value.is_nested
+    )
+
+
+def _length(data: Any) -> int:
+    try:
+        return len(data)
+    except TypeError:
+        return 0  # a loader of data that have none
+
+
+def _only_input(batch: Any) -> Tensor | None:
+    """Return the tensor that the model is called with, if that is all it takes of a batch and it has rows."""
+    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    fits = isinstance(x, Tensor) and _on_cpu(x) and x.dim() and len(x) and not x.requires_grad
+    return x if fits else None
+
+
+def _joined(batches: list[Tensor]) -> Tensor:
+    return batches[0] if len(batches) == 1 else torch.cat(batches)
+
+
+def _alike(x: Tensor, other: Tensor) -> bool:
+    return x.shape[1:] == other.shape[1:] and x.dtype == other.dtype

@@ -86,7 +86,9 @@ def estimate_importance(
         chunk_size: Samples of a batch that run at a time; Ω is the same for all, time and memory are not. A number cuts
             every tensor of a batch along its first axis, which must be that of the samples; None runs whole batches.
             "auto" cuts large batches on the CPU, without a `forward` of your own, so that what the forward keeps fits
-            the caches; it measures that on one and on two samples of each kind of batch.
+            the caches, and joins those of a list, tuple or DataLoader of 16 or more as long as the forward keeps no
+            more than 4 MiB and the objective is given by name; it measures what is kept on one and on two samples of
+            each kind of batch.
 
     Returns:
         Importance: name -> Ω, with .num_samples and .coverage.
@@ -129,9 +131,11 @@ def estimate_importance(
         chunks = Chunks(session.model, chunk_size, is_default=forward is None)
         checked: set[Hashable] = set()
         explored: set[Hashable] = set()
+        own = data
         if progress and session.ranks.first:
             data = _with_progress(data, session)
-        for index, batch in enumerate(data):
+        walk = chunks.join(own, data) if isinstance(objective, str) else _numbered(data)
+        for numbers, batch in walk:
             try:
                 batch = tree_map_only(Tensor, _normal, _known(batch) if forward is None else batch)
                 parts, alone = chunks.cut(batch), None
@@ -163,8 +167,13 @@ def estimate_importance(
             except (ValueError, TypeError, CaptureError, FloatingPointError) as error:
                 if type(error) not in (ValueError, TypeError, CaptureError, FloatingPointError):
                     raise
-                raise type(error)(f"batch {index}: {error}") from error
+                where = f"batch {numbers[0]}" if len(numbers) == 1 else f"batches {numbers[0]} to {numbers[-1]}, joined"
+                raise type(error)(f"{where}: {error}") from error
         return session.importance(objective=name, _final=True)
+
+
+def _numbered(data: Iterable[Any]) -> Iterator[tuple[range, Any]]:
+    return ((range(index, index + 1), batch) for index, batch in enumerate(data))
 
 
 def _of_batches(

@@ -153,12 +153,12 @@ def test_large_weights_make_large_chunks():
 
 def test_lengths_of_a_sequence_are_not_measured_one_by_one(pairs, monkeypatch):
     measured = []
-    size = chunks.Chunks._measured_size
-    monkeypatch.setattr(chunks.Chunks, "_measured_size", lambda self, b: measured.append(b.shape[1]) or size(self, b))
+    sizes = chunks.Chunks._kept_sizes
+    monkeypatch.setattr(chunks.Chunks, "_kept_sizes", lambda self, b: measured.append(b.shape) or sizes(self, b))
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3)).double()
     data = [torch.randint(0, 9, (4, length)) for length in range(8, 34)]
     estimate_importance(model, data)
-    assert measured == [8, 16, 32]
+    assert measured == [(rows, length) for length in (8, 16, 32) for rows in (1, 2)]
 
 
 # What "auto" leaves whole
@@ -320,3 +320,126 @@ def test_a_pass_that_cuts_leaves_no_warning_and_verify_agrees(pairs):
         warnings.simplefilter("error")
         report = verify(model, [batch()])
     assert report.passed
+
+
+# Small batches, joined
+
+
+class Loader(torch.utils.data.DataLoader):
+    """Fills the same memory for every batch."""
+
+    def __iter__(self):
+        memory = torch.empty(self.batch_size, 5, dtype=torch.float64)
+        for x, y in super().__iter__():
+            memory[: len(x)] = x
+            yield memory[: len(x)], y
+
+
+def loader(data, size, kind=torch.utils.data.DataLoader):
+    return kind(torch.utils.data.TensorDataset(data, torch.zeros(len(data))), batch_size=size)
+
+
+GATHERED = {
+    "list": lambda data: list(data.split(3)),
+    "tuple": lambda data: data.split(2),
+    "with_labels": lambda data: [(x, torch.zeros(len(x))) for x in data.split(3)],
+    "ragged": lambda data: list(data.split([1, 7, 2, 5, 1, 1, 3, 4, 6, 9, 2, 1, 1, 8, 3, 6])),
+    "one_by_one": lambda data: list(data.split(1)),
+    "loader": lambda data: loader(data, 3),
+    "loader_of_one_memory": lambda data: loader(data, 3, Loader),
+}
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("form", GATHERED)
+def test_small_batches_are_joined(form, scope):
+    model, data = Seen(), batch(60)
+    truth = truth_of(model, data) if scope == "global" else estimate_importance(model, [data], scope=scope)
+    importance = estimate_importance(model, GATHERED[form](data), scope=scope, dtype=torch.float64)
+    assert worst_error(importance, dict(truth)) <= (1e-11 if scope == "global" else 1e-6)
+    assert importance.num_samples == 60
+    assert max(model.rows) == 60
+
+
+@pytest.mark.parametrize("name", {**DIRECT, **JOINED})
+def test_every_case_joined(name):
+    model, data = build(CASES[name])
+    assert exact(model, [data] * 16, truth_of(model, data)) == 16 * len(data)
+
+
+def test_joined_batches_stay_within_their_memory(monkeypatch):
+    model, data = Seen(), batch(60)
+    cutter = chunks.Chunks(model, "auto", is_default=True)
+    monkeypatch.setattr(chunks, "_JOINED_BYTES", 7 * sum(cutter._growth_of(data)))
+    batches = data.split([3, 3, 3, 4, 3, 1, 5, 2, 6, 7, 7, 1, 1, 1, 6, 7])
+    joined = list(cutter.join(batches, batches))
+    assert [len(x) for _, x in joined] == [6, 7, 4, 5, 2, 6, 7, 7, 3, 6, 7]
+    assert [index for numbers, _ in joined for index in numbers] == list(range(16))
+    assert torch.equal(torch.cat([x for _, x in joined]), data)
+    assert exact(model, batches, truth_of(model, data)) == 60
+
+
+def test_batches_of_other_shapes_and_dtypes_stay_apart():
+    class Summing(Seen):
+        def forward(self, x):
+            self.rows.append(len(x))
+            return self.net(x.double().sum(1))
+
+    model = Summing()
+    shapes = [(2, 3, 5), (3, 3, 5), (2, 4, 5), (1, 4, 5), (2, 3, 5)] * 4
+    data = [batch(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    data = [x.float() if seed % 3 == 0 else x for seed, x in enumerate(data)]
+    plain = estimate_importance(model, data, dtype=torch.float64, chunk_size=None)
+    joined = estimate_importance(model, data, dtype=torch.float64)
+    assert worst_error(joined, dict(plain)) <= 1e-11
+    assert joined.num_samples == plain.num_samples == sum(map(len, data))
+
+
+def test_a_generator_may_change_the_model_between_batches():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.trunk = nn.Linear(5, 4).double()
+            self.heads = nn.ModuleList(nn.Linear(4, 2).double() for _ in range(2))
+            self.task = 0
+
+        def forward(self, x):
+            return self.heads[self.task](torch.tanh(self.trunk(x)))
+
+    def batches():
+        for task in range(2):
+            model.task = task
+            yield from data.split(2)
+
+    model, data = Heads(), batch(20)
+    importance = estimate_importance(model, batches(), dtype=torch.float64)
+    truths = []
+    for model.task in range(2):
+        own = [name for name, _ in model.named_parameters() if "heads" not in name or f".{model.task}." in name]
+        truths.append(dict(estimate_importance(model, [data], dtype=torch.float64, parameters=own)))
+    for name in importance:
+        assert torch.allclose(importance[name], sum(t[name] for t in truths if name in t) / 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"chunk_size": None}, {"objective": lambda y: y.square().sum(1)}, {"forward": lambda m, x: m(x)}]
+)
+def test_what_is_not_joined(options):
+    model = Seen()
+    estimate_importance(model, [batch(3)] * 16, **options)
+    assert max(model.rows) == 3
+    estimate_importance(model, [batch(3)] * 15)
+    assert max(model.rows) == 3
+
+
+def test_errors_name_the_batches_that_were_joined():
+    data = [batch(3) for _ in range(20)]
+    data[7][1, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="batches 0 to 19, joined: objective must be finite.* sample 22"):
+        estimate_importance(Seen(), data)
+    mixing = Lambda(lambda m, x: m.a(x) - m.a(x).mean(0), a=nn.Linear(5, 3)).double()
+    with pytest.raises(CaptureError, match="samples must not influence each other"):
+        estimate_importance(mixing, [batch(3)] * 20)
+    with pytest.raises(CaptureError, match="batch 0: batch norm"):
+        estimate_importance(Seen(nn.BatchNorm1d(5, track_running_stats=False).double()), [batch(3)] * 20)
