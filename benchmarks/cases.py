@@ -51,7 +51,8 @@ class Case:
         ratio_bar: The most that the pass may cost, in ordinary batched backwards; None without a bar.
         num_batches: Batches of one pass.
         decided: Leave out samples with a ReLU that float32 decides. Very deep and wide nets leave none.
-        joined_mib: What gradients of single samples may take, where a parameter's are summed over several uses.
+        joined_mib: What the pass may take besides: gradients of single samples, where a parameter's are summed over
+            several uses; or small batches that are joined.
     """
 
     build_model: Callable[[], nn.Module]
@@ -263,7 +264,12 @@ def draw_series(num_samples: int, generator: torch.Generator, positions: int) ->
 
 CASES: dict[str, Case] = {
     "mlp": Case(
-        build_mlp, lambda n, g: torch.randn(n, 784, generator=g), batch_size=256, ratio_bar=1.3, num_batches=64
+        build_mlp,
+        lambda n, g: torch.randn(n, 784, generator=g),
+        batch_size=256,
+        ratio_bar=1.3,
+        num_batches=64,
+        joined_mib=6.0,
     ),
     "conv_net": Case(build_conv_net, draw_images, batch_size=32, ratio_bar=1.3),
     "resnet20": Case(build_resnet, draw_images, batch_size=32, ratio_bar=1.5),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import chain
 from pathlib import Path
 
 from benchmarks.run import Row, key_of, read_rows
@@ -18,15 +19,17 @@ from benchmarks.run import Row, key_of, read_rows
 TOLERANCE = 0.15
 
 
-def read_folder(folder: Path) -> list[Row]:
-    """Return the rows of every results file of a folder.
+def read_folder(folder: Path, machines: Collection[str] = ()) -> dict[str, list[Row]]:
+    """Return the rows of a folder by results file: of each kind one file, for rows of two machines have the same keys.
+
+    Args:
+        folder: Where the files are.
+        machines: Names of files of the machines to take where there are several; else the latest is taken.
 
     Raises:
-        ValueError: There is no such folder, a file holds something else, two are of the same kind (of two machines,
-            whose rows have the same keys), or none has a row with a ratio.
+        ValueError: There is no such folder, a file holds something else, or none has a row with a ratio.
     """
-    rows: list[Row] = []
-    kinds: dict[str, Path] = {}
+    files: dict[str, list[Row]] = {}
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text())
@@ -37,13 +40,16 @@ def read_folder(folder: Path) -> list[Row]:
         found = [row for row in content if isinstance(row, dict) and "ratio_p50" in row]
         if found:
             read_rows(path)
-            other = kinds.setdefault(path.name.partition("-")[0], path)
-            if other != path:
-                raise ValueError(f"{folder} must hold one file of a kind, got {other.name} and {path.name}")
-        rows += found
-    if not rows:
+            files[path.name] = found
+    if not files:
         raise ValueError(f"{folder} must hold results of benchmarks, got none")
-    return rows
+
+    def preference(name: str) -> tuple[bool, str]:
+        return name in machines, max(row.get("date", "") for row in files[name])
+
+    kinds = {name.partition("-")[0] for name in files}
+    chosen = [max((n for n in files if n.partition("-")[0] == kind), key=preference) for kind in sorted(kinds)]
+    return {name: files[name] for name in chosen}
 
 
 def changes(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -104,9 +110,12 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.tolerance >= 0:
         parser.error(f"--tolerance must not be negative, got {arguments.tolerance}")
     try:
-        pairs = changes(read_folder(arguments.before), read_folder(arguments.after))
+        after = read_folder(arguments.after)
+        before = read_folder(arguments.before, machines=after)
     except ValueError as error:
         parser.error(str(error))
+    print(f"{', '.join(before)}\n→ {', '.join(after)}\n")
+    pairs = changes(*(list(chain.from_iterable(files.values())) for files in (before, after)))
     if not pairs:
         parser.error(f"{arguments.before} and {arguments.after} must have a row in common, got none")
     worse = print_changes(pairs, arguments.tolerance)

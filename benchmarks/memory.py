@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import find_case
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, OURS
 
 MIB = 2**20
 # What torch says when it gets no memory.
 OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 # The first batch meets every one-time cost, the others what the first leaves behind; more of them add data, not peaks.
 MAX_BATCHES = 3
+# From 16 batches on mas_fast may join small ones.
+MAX_BATCHES_OF_OURS = 32
 # By default glibc keeps freed blocks of up to 32 MiB, depending on their order: resident memory then moves by tens of
 # MiB between equal runs, and what making the model left behind hides the pass. With a fixed threshold they go back.
 RETURN_FREED_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
@@ -56,7 +58,8 @@ def peak_mib(
         OutOfMemoryError: It takes more.
         RuntimeError: The process fails.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", case, method, str(min(num_batches, MAX_BATCHES)), dtype]
+    num_batches = min(num_batches, MAX_BATCHES_OF_OURS if method == OURS else MAX_BATCHES)
+    command = [sys.executable, "-m", "benchmarks.memory", case, method, str(num_batches), dtype]
     command += [str(num_threads), json.dumps(options), *([] if limit_gib is None else [str(limit_gib)])]
     peaks = []
     for _ in range(runs or (3 if METHODS[method].is_ours else 1)):

@@ -16,7 +16,7 @@ from benchmarks.methods import OURS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MACHINE = "amd-epyc-2-threads"  # whose files README quotes
+MACHINE = "amd-epyc-avx512-2-threads"  # whose files README quotes
 BLOCK = re.compile(r"(<!-- numbers: .*? -->\n).*?(<!-- /numbers -->)", re.DOTALL)
 TITLES = {
     "mlp": "MLP 784-400-400-10, N = 256",

@@ -71,9 +71,11 @@ def percentiles(name: str, values: list[float]) -> dict[str, float | None]:
 
 
 def results_path(folder: Path, run: Row, kind: str = "passes") -> Path:
-    """Return the file of this machine: one per kind of rows, processor and number of threads."""
-    slug = re.sub(r"[^a-z0-9]+", "-", run["machine"]["cpu"].lower()).strip("-")
-    return folder / f"{kind}-{slug}-{run['machine']['threads']}-threads.json"
+    """Return the file of this machine: one per kind of rows, processor, its instructions, and number of threads."""
+    machine = run["machine"]
+    # Virtual machines hide which processor of a family they run on, but not what it can do.
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['capability']}".lower()).strip("-")
+    return folder / f"{kind}-{slug}-{machine['threads']}-threads.json"
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -25,7 +25,7 @@ _BYTES_A_TENSOR = 2 << 20
 # The same where a recurrent layer is, whose steps are calls of their own.
 _BYTES_A_TENSOR_OF_STEPS = 4 << 20
 # What the forward of joined batches keeps for its backward, at most: an ordinary backward would keep less.
-_JOINED_BYTES = 4 << 20
+_JOINED_BYTES = 2 << 20
 # From how many batches on joining them is felt.
 _MANY_BATCHES = 16
 # Weights and Ω are read and written once for each chunk: activations of so many times the weights outweigh that.

@@ -86,9 +86,9 @@ def estimate_importance(
         chunk_size: Samples of a batch that run at a time; Ω is the same for all, time and memory are not. A number cuts
             every tensor of a batch along its first axis, which must be that of the samples; None runs whole batches.
             "auto" cuts large batches on the CPU, without a `forward` of your own, so that what the forward keeps fits
-            the caches, and joins those of a list, tuple or DataLoader of 16 or more as long as the forward keeps no
-            more than 4 MiB and the objective is given by name; it measures what is kept on one and on two samples of
-            each kind of batch.
+            the caches, and joins small ones, of a list, tuple or DataLoader of 16 or more, as long as the forward keeps
+            no more than 2 MiB and the objective is given by name; it measures what is kept on one and on two samples
+            of each kind of batch.
 
     Returns:
         Importance: name -> Ω, with .num_samples and .coverage.
@@ -164,6 +164,8 @@ def estimate_importance(
                     if session.local and kind not in checked:
                         _check_layers(session, part, run, objective)
                         checked.add(kind)
+                # What was joined goes before the next is.
+                del batch, parts, part, objectives
             except (ValueError, TypeError, CaptureError, FloatingPointError) as error:
                 if type(error) not in (ValueError, TypeError, CaptureError, FloatingPointError):
                     raise

@@ -56,11 +56,14 @@ def test_a_row_of_ours_without_a_time_any_more_is_told(tmp_path, capsys):
     assert compare.main([str(after), str(before)]) == 0
 
 
-def test_files_of_two_machines_are_not_taken_for_one(tmp_path, capsys):
-    folder = written(written(tmp_path / "both", [row()]), [row(ratio=9.0)], "passes-y-2-threads.json")
-    with pytest.raises(SystemExit):
-        compare.main([str(folder), str(folder)])
-    assert "one file of a kind" in capsys.readouterr().err
+def test_of_two_machines_the_same_is_compared_or_the_latest(tmp_path, capsys):
+    before = written(tmp_path / "before", [row(ratio=1.0, date="2026-01-02")])
+    written(before, [row(ratio=9.0, date="2026-01-01")], "passes-y-2-threads.json")
+    for name, then, code in (("x", "1.00", 1), ("y", "9.00", 0), ("z", "1.00", 1)):
+        after = written(tmp_path / name, [row(ratio=2.0)], f"passes-{name}-2-threads.json")
+        assert compare.main([str(before), str(after)]) == code
+        said = capsys.readouterr().out
+        assert f"{then} →     2.00" in said and f"→ passes-{name}-2-threads.json" in said
 
 
 @pytest.mark.parametrize("tolerance", ["nan", "-0.1"])
