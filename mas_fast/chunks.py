@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from mas_fast.capture.refuse import Refusing
 from mas_fast.capture.session import uncompiled
 from mas_fast.errors import CaptureError
-from mas_fast.reference import default_forward
+from mas_fast.reference import default_forward, output_tensor
 
 # What a forward keeps for its backward is so large, on average, in a chunk: the fixed cost of a call is lost in it.
 _BYTES_A_TENSOR = 2 << 20
@@ -96,7 +96,7 @@ class Chunks:
         self._weights = sum(p.numel() * p.element_size() for p in own)
         recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._bytes_a_tensor = _BYTES_A_TENSOR_OF_STEPS if recurrent else _BYTES_A_TENSOR
-        self._growths: dict[Hashable, list[int] | None] = {}
+        self._growths: dict[Hashable, list[int]] = {}
 
     def cut(self, batch: Any) -> list[Any]:
         """Return the chunks of a batch, in its order; the batch itself where it is not cut.
@@ -122,7 +122,7 @@ class Chunks:
         """Walk over batches, small ones joined; yield which they are, and the batch.
 
         Only lists, tuples and data loaders are joined: a generator may change the model from batch to batch, as to
-        another head, and must not run ahead.
+        another head, and must not run ahead. Batches of one sample are not: they may be what keeps samples apart.
 
         Args:
             data: Where the batches come from.
@@ -152,7 +152,7 @@ class Chunks:
     def _most_joined(self, x: Tensor) -> int:
         """Return how many samples batches may be joined to."""
         try:
-            growth = self._growth_of(x if len(x) > 1 else torch.cat([x, x]))
+            growth = self._growth_of(x)
         except CaptureError:
             return 0  # what is refused is refused where the batch runs, which is named there
         return _JOINED_BYTES // sum(growth) if growth else 0
@@ -163,7 +163,7 @@ class Chunks:
         if rows < 4 or not _is_plain(batch):
             return [batch]
         growth = self._growth_of(batch)
-        if growth is None:
+        if not growth:
             return [batch]
         # The nearest power of two.
         wanted = max(self._bytes_a_tensor * len(growth), _TIMES_THE_WEIGHTS * self._weights)
@@ -175,22 +175,27 @@ class Chunks:
         edges = [size * index for index in range(count)] + [rows]
         return [rows_of(batch, start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
-    def _growth_of(self, batch: Any) -> list[int] | None:
-        """Return the bytes that a sample adds to each tensor that a forward keeps; None if rows cannot run one by one.
+    def _growth_of(self, batch: Any) -> list[int]:
+        """Return the bytes that a sample adds to each tensor that a forward keeps.
 
-        Neither masks nor what is made of weights alone: only what grows with the samples.
+        Neither masks nor what is made of weights alone: only what grows with the samples. Nothing if rows cannot run
+        one by one, or are no samples, as those of one bag, or positions that come first.
         """
         # Not for every length of a sequence anew: samples within a factor of two of each other count as of one kind.
         kind = kind_of(batch), tuple(tensor[0].numel().bit_length() for tensor in tensors_of(batch))
         if kind not in self._growths:
-            one, two = (self._kept_sizes(rows_of(batch, 0, rows)) for rows in (1, 2))
-            comparable = one is not None and two is not None and len(one) == len(two)
-            growth = [after - before for before, after in zip(one or (), two or (), strict=False) if after > before]
-            self._growths[kind] = growth if comparable and growth else None
+            self._growths[kind] = []
+            one, two = (self._run(rows_of(batch, 0, rows)) for rows in (1, 2))
+            if one is not None and two is not None and len(one[0]) == len(two[0]) and (one[1], two[1]) == (1, 2):
+                growth = (after - before for before, after in zip(one[0], two[0], strict=True))
+                self._growths[kind] = [size for size in growth if size > 0]
         return self._growths[kind]
 
-    def _kept_sizes(self, batch: Any) -> list[int] | None:
-        """Return the bytes of all that a forward keeps for its backward; None if the model refuses the batch."""
+    def _run(self, batch: Any) -> tuple[list[int], int] | None:
+        """Return the bytes of all that a forward keeps for its backward, and how many rows it returns.
+
+        None if the model refuses the batch.
+        """
         kept: dict[int, torch.UntypedStorage] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -203,12 +208,19 @@ class Chunks:
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with torch.enable_grad(), uncompiled(), Refusing(self._model), hooks:
             try:
-                default_forward(self._model, batch)
+                output = default_forward(self._model, batch)
             except UNFIT as error:
                 if isinstance(error, CaptureError):
                     raise
                 return None
-        return [storage.nbytes() for storage in kept.values()]
+        return [storage.nbytes() for storage in kept.values()], _rows_returned(output)
+
+
+def _rows_returned(output: Any) -> int:
+    try:
+        return len(output_tensor(output))
+    except (TypeError, ValueError):
+        return 0  # what only an objective of its own can read
 
 
 def _is_plain(batch: Any) -> bool:
@@ -233,9 +245,9 @@ def _length(data: Any) -> int:
 
 
 def _only_input(batch: Any) -> Tensor | None:
-    """Return the tensor that the model is called with, if that is all it takes of a batch and it has rows."""
+    """Return the tensor that the model is called with, if that is all it takes of a batch and it has two rows."""
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    fits = isinstance(x, Tensor) and _on_cpu(x) and x.dim() and len(x) and not x.requires_grad
+    fits = isinstance(x, Tensor) and _on_cpu(x) and x.dim() and len(x) > 1 and not x.requires_grad
     return x if fits else None
 
 

@@ -13,7 +13,7 @@ from mas_fast.capture.backward import not_finite
 from mas_fast.capture.refuse import Refusing
 from mas_fast.capture.session import MEMORY_BUDGET, Capture, uncompiled
 from mas_fast.checks import DTYPES, one_of
-from mas_fast.chunks import UNFIT, Chunks, ChunkSize, checked_chunk_size, count_rows, kind_of, rows_of, tensors_of
+from mas_fast.chunks import UNFIT, Chunks, ChunkSize, checked_chunk_size, count_rows, kind_of, tensors_of
 from mas_fast.coverage import Coverage, merge_coverage
 from mas_fast.distributed import Ranks, agree, reshard, uncoupled
 from mas_fast.errors import CaptureError
@@ -23,11 +23,6 @@ from mas_fast.reference import default_forward, sample_objective
 
 Objective = str | Callable[[Any], Tensor]
 Parameters = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
-
-# Samples that the layout is proved on, where a batch can be cut, a prime; and of how many that is less work than a
-# proof on all.
-_FEW = 5
-_MANY = 10
 
 
 def estimate_importance(
@@ -130,7 +125,6 @@ def estimate_importance(
             sample_objective(objective, torch.zeros(1, 1))
         chunks = Chunks(session.model, chunk_size, is_default=forward is None)
         checked: set[Hashable] = set()
-        explored: set[Hashable] = set()
         own = data
         if progress and session.ranks.first:
             data = _with_progress(data, session)
@@ -149,9 +143,7 @@ def estimate_importance(
                 session.first_sample = 0
                 for part in parts:
                     session.batch_rows = count_rows(part)
-                    if forward is None:
-                        _explore(session, part, objective, explored)
-                    samples = session.batch_rows if len(parts) > 1 else None
+                    samples = session.batch_rows if len(parts) > 1 or len(numbers) > 1 else None
                     objectives = partial(_objectives, session.model, part, run, objective, samples)
                     if alone is None:
                         session.first_sample += session.accumulate(objectives)
@@ -488,20 +480,6 @@ def _objectives(
             "pass chunk_size=None for a batch whose rows are not its samples"
         )
     return values
-
-
-def _explore(session: Session, part: Any, objective: Objective, explored: set[Hashable]) -> None:
-    """Prove the layout on a few rows of a batch, once for every shape of a row; add nothing."""
-    shapes = kind_of(part), tuple(tensor.shape[1:] for tensor in tensors_of(part))
-    if session.local or (session.batch_rows or 0) < _MANY or shapes in explored:
-        return
-    explored.add(shapes)
-    try:
-        few = rows_of(part, 0, _FEW)
-        session.explore(partial(_objectives, session.model, few, default_forward, objective, _FEW))
-    except (*UNFIT, FloatingPointError):
-        # The batch itself will show what is wrong, if it is not its rows alone.
-        return
 
 
 def _objectives_alone(model: nn.Module, batch: Any, objective: Objective) -> tuple[dict[int, Tensor], float] | None:

@@ -59,10 +59,7 @@ class Backward:
         self._weighed_elsewhere = False  # the weighted δ comes from another forward
         self._failed: list[Tap] = []  # in this sweep: where the samples are could not be proved
         self._infinite: set[str] = set()  # parameters whose δ holds inf or nan
-        self._exploring = False
         self._made = len(forward.taps)  # before the first sweep
-        # Where the samples are may have been proved on a few others.
-        self._like = capture.like(forward) if self._samples > 1 else None
         self._weighed: list[Fingerprint | None] = []  # by tap, once there was a weighted sweep
         self._uses: list[Use] = []  # of parameters whose gradients are summed before |·|
         for tap in forward.taps:
@@ -106,14 +103,6 @@ class Backward:
         for fold in {id(s.fold): s.fold for tap in taps for s in tap.roles.values() if s.fold}.values():
             fold()
         self._note_rules()
-
-    def explore(self) -> None:
-        """Prove where the samples are as far as that can be, add nothing, and give nothing up."""
-        self._exploring = True
-        self._check_finite()
-        self._weights = sample_weights(self._samples, self.values, self.forward.half)
-        self._sweep(_Phase.WEIGH)
-        self._sweep(_Phase.PROVE, keep=False)
 
     def end(self) -> None:
         """Let the graph go: it holds the taps, which report here, and the garbage collector cannot see through it."""
@@ -193,8 +182,7 @@ class Backward:
             self.forward.in_sweep = None
 
     def _prepare(self, tap: Tap, weighted: Fingerprint | None) -> None:
-        layouts = tap.site.layouts
-        tap.layout = layouts.get(self.forward.program) or (layouts.get(self._like) if self._like is not None else None)
+        tap.layout = tap.site.layouts.get(self.forward.program)
         tap.receive = self._receive
         tap.weighted = weighted
 
@@ -276,7 +264,7 @@ class Backward:
 
     def _turn_failed(self) -> None:
         """Turn what failed in a sweep to other ways: not during it, for a checkpoint must repeat what it did."""
-        for tap in self._failed if not self._exploring else ():
+        for tap in self._failed:
             if self._weighed_elsewhere:
                 # Perhaps the two forwards differed: ask again on one graph.
                 self.capture.one_graph = True

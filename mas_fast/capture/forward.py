@@ -45,7 +45,7 @@ _MAKERS = frozenset(
 
 _HOOKS = frozenset([torch.Tensor.register_hook])
 
-# Calls that only tell what kind of tensor one is: nothing flows through them, and where rows go shows in other calls.
+# Calls that only tell what kind of tensor one is: nothing flows through them.
 _QUESTIONS = frozenset(
     [
         *(getattr(torch, name) for name in "is_floating_point is_complex numel".split()),
@@ -57,9 +57,6 @@ _QUESTIONS = frozenset(
         *(getattr(torch.Tensor, name).__get__ for name in "shape ndim dtype device layout is_cuda _version".split()),
     ]
 )
-
-# (key of the trace, N)
-Program = tuple[int, int]
 
 _PLAIN = (int, float, bool, str, torch.Size, type(None))
 
@@ -74,7 +71,7 @@ class Forward(TorchFunctionMode):
         taps: Where δ will be seen, in the order of the calls.
         unreached: Where it will not, because the graph of the objectives does not lead there.
         again: A call turned out to be understood wrongly: the batch must be run again.
-        program: What ran, once the forward is through; what was proved for one holds for another of the same.
+        program: (trace, N), once the forward is through; what was proved for one holds for another like it.
         reentrant: Some calls were made out of sight of autograd, by a reentrant checkpoint, and come in the backward.
         recomputes: Calls are made again in the backward.
         half: Some of the calls that use parameters return float16.
@@ -87,7 +84,7 @@ class Forward(TorchFunctionMode):
         self.taps: list[Tap] = []
         self.unreached: list[Tap] = []
         self.again = False
-        self.program: Program = (0, 0)
+        self.program: Hashable = None
         self.trace = Trace()
         self.reentrant = False
         self.recomputes = False
@@ -136,6 +133,8 @@ class Forward(TorchFunctionMode):
         """Run a call; where it uses a tracked tensor, in the way that fits."""
         kwargs = kwargs or {}
         if func in _QUESTIONS:
+            if self.in_sweep is None:
+                self.trace.add(func, args, kwargs)  # what is asked may decide what is called on which tensor
             return func(*args, **kwargs)
         if self._cuts:
             args, kwargs = replaced(list(args), self._beyond_cut), replaced(dict(kwargs), self._beyond_cut)

@@ -31,19 +31,13 @@ from mas_fast.capture import (  # noqa: F401  (each registers its rules)
 )
 from mas_fast.capture.backward import Backward, Weighed, not_finite
 from mas_fast.capture.call import tensors_in
-from mas_fast.capture.forward import Forward, Program
+from mas_fast.capture.forward import Forward
 from mas_fast.capture.select import track
 from mas_fast.capture.site import Site, SiteKey
-from mas_fast.capture.trace import differ_in_samples
 from mas_fast.errors import CaptureError, LoopWarning
 
 # Ω of matrices is read for inf and nan once in so many batches: for a small model, reading it is felt.
 _CHECKED_EVERY = 8
-# Forwards that an exploration may take until every parameter is understood.
-_MOST_ATTEMPTS = 4
-# Explored programs that are kept with all their calls, and programs of which is known whether they are like one.
-_MOST_EXPLORED = 16
-_MOST_LIKENED = 256
 
 MEMORY_BUDGET = 256 << 20
 
@@ -104,8 +98,6 @@ class Capture:
         self.alike: dict[Hashable, Site] = {}  # of calls in activation checkpoints, by what their repeats show
         self.disjoint: set[tuple[Hashable, str]] = set()  # (trace, name) of uses that share no entry
         self.explored: set[Hashable] = set()  # programs of which all taps are known, also those made in backwards
-        self.few: list[tuple[Program, list[Any]]] = []  # programs that `explore` ran, and their calls
-        self._likened: dict[Program, Program | None] = {}  # program -> that of few samples which it runs for more
         self.batch_rows: int | None = None  # the first axis of all tensors of the batch, where that is known
         self.first_sample = 0  # where the samples start that run, in the batch that they are of
         self.hidden_graphs = False  # δ came where the graph of the objectives does not show a way
@@ -153,56 +145,6 @@ class Capture:
         self.broken = False
         self.num_samples += samples
         return samples
-
-    def explore(self, objectives: Callable[[], Tensor]) -> None:
-        """Prove where the samples are on a few of them, and add nothing.
-
-        What is proved holds for more samples that run the same program; what is not is proved where it is met.
-
-        Args:
-            objectives: Runs the model on the few, and returns one scalar for each.
-        """
-        with torch.inference_mode(False), torch.enable_grad(), uncompiled():
-            for _ in range(_MOST_ATTEMPTS):
-                forward = Forward(self)
-                try:
-                    values = forward.run(objectives)
-                    if forward.again:
-                        continue
-                    # What a backward runs again has taps of its own.
-                    if values.requires_grad and not (forward.recomputes or self.hidden_graphs or forward.trace.reads):
-                        self._explore(forward, values)
-                    return
-                finally:
-                    forward.end()
-
-    def _explore(self, forward: Forward, values: Tensor) -> None:
-        backward = Backward(self, forward, values, set(self.parameters))
-        rows = self.batch_rows
-        try:
-            self.batch_rows = None if rows is None else len(values)
-            backward.explore()
-        finally:
-            self.batch_rows = rows
-            backward.end()
-        self.few = [*self.few[1 - _MOST_EXPLORED :], (forward.program, forward.trace.calls)]
-        self._likened.clear()
-
-    def like(self, forward: Forward) -> Program | None:
-        """Return the explored program of few samples that a forward runs for more; None if there is none."""
-        if not self.few:
-            return None
-        if forward.program not in self._likened:
-            if len(self._likened) >= _MOST_LIKENED:
-                self._likened.clear()
-            found = None
-            if not forward.trace.reads:
-                calls, samples = forward.trace.calls, forward.program[1]
-                found = next(
-                    (few for few, own in reversed(self.few) if differ_in_samples(own, calls, (few[1], samples))), None
-                )
-            self._likened[forward.program] = found
-        return self._likened[forward.program]
 
     def values_of(self, objectives: Callable[[], Tensor]) -> Tensor:
         """Return the objectives [N] of a batch, of a local scope with those of all layers, and add nothing."""

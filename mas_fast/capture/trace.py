@@ -1,12 +1,11 @@
 """The program that one forward ran, as far as it decides where the samples are.
 
 Which rows belong to which sample follows from the calls, their shapes, and the Python numbers and index tensors that
-say where rows go. A layout that was proved for one forward holds for another with the same trace, and for one of more
-samples whose trace differs in nothing but their number. Anything else, such as tokens that are routed by their values
-or packed by their lengths, gives another trace and is proved afresh.
+say where rows go. A layout that was proved for one forward holds for another with the same trace. Anything else, such
+as tokens that are routed by their values or packed by their lengths, gives another trace and is proved afresh.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +26,6 @@ _READS = frozenset(
 )
 
 
-# Calls whose numbers are lengths of what they return.
-_SHAPING = frozenset("view reshape unflatten expand".split())
-
 # Products of data with data: a matrix of zeros and ones among them moves rows.
 _PRODUCTS = frozenset(
     "matmul __matmul__ __rmatmul__ mm bmm einsum addmm baddbmm addbmm linear tensordot _sparse_mm spmm".split()
@@ -37,24 +33,16 @@ _PRODUCTS = frozenset(
 
 
 class Trace:
-    """The calls of one forward.
+    """A running hash of the calls of one forward.
 
     Attributes:
-        calls: Of each the function, and what of its arguments decides where rows go.
+        key: The hash.
     """
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Hashable, ...]] = []
-        self._hashed = 0, 0  # how many calls, and their hash
+        self.key = 0
         self._reads = False
         self._choices: list[Tensor] = []  # whether an operand of a product of data looks like a choice of rows
-
-    @property
-    def key(self) -> int:
-        """A hash of the calls."""
-        if self._hashed[0] != len(self.calls):
-            self._hashed = len(self.calls), hash(tuple(self.calls))
-        return self._hashed[1]
 
     @property
     def reads(self) -> bool:
@@ -79,8 +67,7 @@ class Trace:
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             routed = () if any(isinstance(t, nn.Parameter) for t in tensors) else _values(tensors)
         named = tuple((key, _form(value)) for key, value in kwargs.items()) if kwargs else ()
-        forms = [_form(a) for a in args]
-        self.calls.append((function, *(map(_lengths, forms) if name in _SHAPING else forms), named, routed))
+        self.key = hash((self.key, function, *[_form(a) for a in args], named, routed))
 
     def _note_choices(self, operands: Sequence[Any]) -> None:
         tensors = [t for t in operands if isinstance(t, Tensor) and t.dim() >= 2]
@@ -90,32 +77,6 @@ class Trace:
         data = [t for t in tensors if not isinstance(t, nn.Parameter) and not t.is_complex()]
         if len(data) >= 2:
             self._choices += [_chooses(t.detach()[..., -1, :]) for t in data if t.shape[-2] and t.shape[-1]]
-
-
-def differ_in_samples(few: Any, more: Any, samples: tuple[int, int]) -> bool:
-    """Return whether two traces, or parts of them, differ in nothing but the number of samples.
-
-    Every length is the same in both, or as many times the number of samples: so no call forms groups of samples, for of
-    five and of sixteen there are not as many times as many. A number that a call is given and that is a multiple of the
-    few is told from none: to roll five rows by five is to leave them.
-
-    Args:
-        few: Calls of the one, or a part.
-        more: Calls of the other.
-        samples: How many samples either is of, the few a prime.
-    """
-    if isinstance(few, (tuple, list)) and isinstance(more, (tuple, list)):
-        alike = _same_length if isinstance(few, torch.Size) else differ_in_samples
-        return len(few) == len(more) and all(map(alike, few, more, [samples] * len(few)))
-    if type(few) is int and type(more) is int:
-        constant = few == more and few % samples[0] != 0
-        return constant or few == more == 0 or (few != more and _same_length(few, more, samples))
-    return type(few) is type(more) and bool(few == more)
-
-
-def _same_length(few: int, more: int, samples: tuple[int, int]) -> bool:
-    times, rest = divmod(few, samples[0])
-    return few == more or (rest == 0 and more == times * samples[1])
 
 
 def _chooses(rows: Tensor) -> Tensor:
@@ -143,12 +104,6 @@ def _form(value: Any) -> Any:
     if isinstance(value, slice):
         return _form((value.start, value.stop, value.step))
     return value if isinstance(value, (int, str, torch.dtype, type(None))) else type(value)
-
-
-def _lengths(form: Any) -> Any:
-    """Return whole numbers as lengths, which `differ_in_samples` compares as such."""
-    numbers = form if type(form) is tuple else (form,)
-    return torch.Size(numbers) if all(type(number) is int for number in numbers) else form
 
 
 def _values(routed: Any) -> Any:
