@@ -82,9 +82,6 @@ def _powers(samples: int, span: int) -> Tensor:
     return torch.exp2(exponents[:samples].double())
 
 
-_LONG = 1 << 17
-
-
 class Fingerprint(NamedTuple):
     """A random projection of δ on each axis that may hold the samples, and the magnitude of what was summed."""
 
@@ -102,7 +99,7 @@ class Fingerprint(NamedTuple):
                 continue
             rows = wide.movedim(axis, 0).reshape(size, -1)
             width = rows.shape[1]
-            sums[axis] = rows @ (_long_probe()[:width] if width <= _LONG else _probe(width)).to(rows)
+            sums[axis] = rows @ (_kept_probe(width) if width <= 4096 else _probe(width)).to(rows)
             if scaled:
                 # 1.5 is the largest |probe|. A projection has the size of the Euclidean norm: by a larger measure, what
                 # leaks from another sample would seem small in wide rows.
@@ -120,10 +117,7 @@ def _probe(width: int) -> Tensor:
     return probe + probe.sign() / 2
 
 
-@lru_cache(maxsize=1)
-def _long_probe() -> Tensor:
-    """Return the probe whose beginnings serve all rows but very wide ones: to draw one takes longer than to use it."""
-    return _probe(_LONG)
+_kept_probe = lru_cache(maxsize=64)(_probe)
 
 
 def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float) -> list[Layout]:

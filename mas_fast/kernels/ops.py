@@ -309,7 +309,7 @@ def accumulate_linear_(omega: Tensor, grad_output: Tensor, input: Tensor, square
         # Ωᵀ of y = W x is Ω with x and δ exchanged.
         omega, grad_output, input = omega.mT, input, grad_output
     grad_output, input = _common_dtype(omega, grad_output, input)
-    _add_into(omega, torch.ops.mas_fast.accumulate_linear_.default, grad_output, input, square)
+    _add_into(omega, torch.ops.mas_fast.accumulate_linear_, grad_output, input, square)
 
 
 def accumulate_conv_(
@@ -356,7 +356,7 @@ def accumulate_conv_(
     _check_shape("grad_output", grad_output, (samples, omega.shape[0], *out))
     grad_output, input = _common_dtype(omega, grad_output, input)
     geometry = list(stride), list(padding), list(dilation), groups
-    _add_into(omega, torch.ops.mas_fast.accumulate_conv_.default, grad_output, input, *geometry, square)
+    _add_into(omega, torch.ops.mas_fast.accumulate_conv_, grad_output, input, *geometry, square)
 
 
 def accumulate_embedding_(
@@ -383,7 +383,7 @@ def accumulate_embedding_(
     if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < omega.shape[0]:
         raise ValueError(f"ids must lie in [0, {omega.shape[0]}), got {int(ids.min())} to {int(ids.max())}")
     (grad_output,) = _common_dtype(omega, grad_output)
-    _add_into(omega, torch.ops.mas_fast.accumulate_embedding_.default, grad_output, ids.long(), padding_idx, square)
+    _add_into(omega, torch.ops.mas_fast.accumulate_embedding_, grad_output, ids.long(), padding_idx, square)
 
 
 def accumulate_affine_(
@@ -431,10 +431,10 @@ def accumulate_affine_(
     (grad_output,) = _common_dtype(first, grad_output)
     data = grad_output, input, mean, rstd, square
     if all(omega is None or omega.is_contiguous() for omega in (omega_weight, omega_bias)):
-        torch.ops.mas_fast.accumulate_affine_.default(omega_weight, omega_bias, *data)
+        torch.ops.mas_fast.accumulate_affine_(omega_weight, omega_bias, *data)
         return
     with contiguous(omega_weight) as weight, contiguous(omega_bias) as bias:
-        torch.ops.mas_fast.accumulate_affine_.default(weight, bias, *data)
+        torch.ops.mas_fast.accumulate_affine_(weight, bias, *data)
 
 
 @contextmanager
