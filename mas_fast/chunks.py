@@ -24,7 +24,7 @@ from mas_fast.reference import default_forward, output_tensor
 _BYTES_A_TENSOR = 2 << 20
 # The same where a recurrent layer is, whose steps are calls of their own.
 _BYTES_A_TENSOR_OF_STEPS = 4 << 20
-# What the forward of joined batches keeps for its backward, at most: an ordinary backward would keep less.
+# What the forward of joined batches keeps for its backward, at most: they shall not be felt in memory.
 _JOINED_BYTES = 2 << 20
 # From how many batches on joining them is felt.
 _MANY_BATCHES = 16
@@ -125,7 +125,7 @@ class Chunks:
         another head, and must not run ahead. Batches of one sample are not: they may be what keeps samples apart.
 
         Args:
-            data: Where the batches come from.
+            data: Where the batches come from; None if none may be joined.
             batches: The same, perhaps behind a progress bar.
         """
         loader = isinstance(data, DataLoader)

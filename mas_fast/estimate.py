@@ -125,11 +125,11 @@ def estimate_importance(
             sample_objective(objective, torch.zeros(1, 1))
         chunks = Chunks(session.model, chunk_size, is_default=forward is None)
         checked: set[Hashable] = set()
-        own = data
+        # An objective of the user's own may know which batch it is called for.
+        source = data if isinstance(objective, str) else None
         if progress and session.ranks.first:
             data = _with_progress(data, session)
-        walk = chunks.join(own, data) if isinstance(objective, str) else _numbered(data)
-        for numbers, batch in walk:
+        for numbers, batch in chunks.join(source, data):
             try:
                 batch = tree_map_only(Tensor, _normal, _known(batch) if forward is None else batch)
                 parts, alone = chunks.cut(batch), None
@@ -164,10 +164,6 @@ def estimate_importance(
                 where = f"batch {numbers[0]}" if len(numbers) == 1 else f"batches {numbers[0]} to {numbers[-1]}, joined"
                 raise type(error)(f"{where}: {error}") from error
         return session.importance(objective=name, _final=True)
-
-
-def _numbered(data: Iterable[Any]) -> Iterator[tuple[range, Any]]:
-    return ((range(index, index + 1), batch) for index, batch in enumerate(data))
 
 
 def _of_batches(
