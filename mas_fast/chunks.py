@@ -203,7 +203,8 @@ class Chunks:
                 storage = tensor.untyped_storage()
                 # The storage is held, so that its address stays its own.
                 kept.setdefault(storage.data_ptr(), storage)
-            return tensor
+            # Without its graph: a call that saves its own output would hold itself, for good.
+            return tensor.detach()
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with torch.enable_grad(), uncompiled(), Refusing(self._model), hooks:

@@ -1,6 +1,7 @@
 """Batches cut along their samples inside a pass: the same Ω, fewer samples at a time, and what must not be cut."""
 
 import warnings
+import weakref
 from collections import UserDict
 
 import pytest
@@ -149,6 +150,21 @@ def test_large_weights_make_large_chunks():
     (size,) = {len(part) for part in chunks.Chunks(model, "auto", is_default=True).cut(torch.randn(16384, 2048))}
     kept = 3 * 2048 * 4 * size
     assert kept >= chunks._TIMES_THE_WEIGHTS * sum(p.nbytes for p in model.parameters()) / 2
+
+
+def test_measuring_lets_go_of_what_the_forward_kept():
+    # A call that saves its own output, as tanh and attention do, must not come to hold itself.
+    made = []
+
+    class Model(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            made.append(weakref.ref(y))
+            return y.square()
+
+    estimate_importance(Model(nn.Linear(5, 4), nn.Tanh()).double(), [batch()])
+    assert len(made) > 3
+    assert not any(output() is not None for output in made)
 
 
 def test_lengths_of_a_sequence_are_not_measured_one_by_one(pairs, monkeypatch):
