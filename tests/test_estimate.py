@@ -205,6 +205,24 @@ def test_a_leak_between_samples_is_no_layout_in_bfloat16():
         estimate_importance(model, [torch.randn(8, 8).bfloat16()])
 
 
+@pytest.mark.parametrize("leaking", [0, 1])
+def test_a_leak_that_cancels_along_positions_and_features_is_found(leaking):
+    # One sample adds u_t v_d - v_t u_d to the δ of another: nothing is left of it by the same numbers along both axes.
+    torch.manual_seed(0)
+    u, v = torch.randn(2, 7, dtype=torch.float64)
+    leak = torch.outer(u, v) - torch.outer(v, u)
+
+    def run(model, batch):
+        hidden = model(batch)
+        leaked = torch.zeros(2, 1, dtype=torch.float64)
+        leaked[1 - leaking] = (hidden[leaking] * leak).sum()
+        return torch.cat([hidden.flatten(1), leaked], 1)
+
+    model, batch = nn.Linear(2, 7).double(), torch.randn(2, 7, 2, dtype=torch.float64)
+    with pytest.raises(CaptureError, match="no axis"):
+        estimate_importance(model, [batch], forward=run, unsupported="raise")
+
+
 def test_a_buffer_that_a_forward_wrote_parameters_into_is_left_as_found():
     class Kept(nn.Module):
         def __init__(self):

@@ -91,33 +91,63 @@ class Fingerprint(NamedTuple):
     @classmethod
     def of(cls, delta: Tensor, axes: Iterable[int], scaled: bool = True) -> "Fingerprint":
         """Project δ on each of the candidate axes."""
-        sums, scales = {}, {}
+        axes = [axis for axis in axes if delta.shape[axis]]
+        if not axes:
+            return cls({}, {})
         wide = delta.float() if delta.dtype in (torch.bfloat16, torch.float16) else delta
-        for axis in axes:
-            size = delta.shape[axis]
-            if size == 0:
-                continue
-            rows = wide.movedim(axis, 0).reshape(size, -1)
-            width = rows.shape[1]
-            sums[axis] = rows @ (_kept_probe(width) if width <= 4096 else _probe(width)).to(rows)
-            if scaled:
-                # 1.5 is the largest |probe|. A projection has the size of the Euclidean norm: by a larger measure, what
-                # leaks from another sample would seem small in wide rows.
-                scales[axis] = 1.5 * torch.linalg.vector_norm(rows, dim=1)
-        return cls(sums, scales)
+        # What lies behind the last candidate is projected once for all of them, so that δ is read once.
+        behind = max(axes) + 1
+        leading = delta.shape[:behind]
+        rows = wide.reshape(math.prod(leading), math.prod(delta.shape[behind:]))
+        sums = _project(rows, 0).view(leading)
+        norms = torch.linalg.vector_norm(rows, dim=1).view(leading) if scaled else None
+        return cls(
+            {axis: _project(_rows(sums, axis), 1) for axis in axes},
+            # A projection has the size of the Euclidean norm: by a larger measure, what leaks from another sample would
+            # seem small in wide rows.
+            {} if norms is None else {axis: 1.5 * torch.linalg.vector_norm(_rows(norms, axis), dim=1) for axis in axes},
+        )
 
     def vanishes(self) -> bool:
         """Return whether δ is zero throughout, so that any layout adds nothing."""
         return bool(self.sums) and not any(bool(scale.any()) for scale in self.scales.values())
 
 
-def _probe(width: int) -> Tensor:
-    """Return random numbers in ±[0.5, 1.5): contributions of several samples to one entry must not cancel."""
-    probe = torch.rand(width, generator=torch.Generator().manual_seed(width), dtype=torch.float64) * 2 - 1
+def _rows(tensor: Tensor, axis: int) -> Tensor:
+    size = tensor.shape[axis]
+    return tensor.movedim(axis, 0).reshape(size, tensor.numel() // size)
+
+
+def _project(rows: Tensor, draw: int) -> Tensor:
+    """Return the product of each row with random numbers; of one number, itself."""
+    width = rows.shape[1]
+    return rows.squeeze(1) if width == 1 else rows @ _probe(width, draw, rows)
+
+
+def _probe(width: int, draw: int, like: Tensor) -> Tensor:
+    """Return random numbers away from 0: contributions of several samples to one entry must not cancel.
+
+    Args:
+        width: How many.
+        draw: Where numbers of two draws are multiplied, theirs must differ.
+        like: Of the dtype and device that they shall have.
+    """
+    if width <= _KEPT:
+        return _kept_probe(width, draw).to(like)
+    # To draw millions takes longer than all else here. Products of two that were drawn cancel as little.
+    outer = _probe(-(-width // _KEPT), draw + 2, like)
+    return torch.outer(outer, _probe(_KEPT, draw, like)).flatten()[:width]
+
+
+_KEPT = 4096
+
+
+@lru_cache(maxsize=64)
+def _kept_probe(width: int, draw: int) -> Tensor:
+    """Draw from ±[0.5, 1.5)."""
+    generator = torch.Generator().manual_seed(8 * width + draw)
+    probe = torch.rand(width, generator=generator, dtype=torch.float64) * 2 - 1
     return probe + probe.sign() / 2
-
-
-_kept_probe = lru_cache(maxsize=64)(_probe)
 
 
 def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float) -> list[Layout]:
