@@ -17,7 +17,7 @@ SMALL_CASES = ("mlp", "conv_net", "transformer", "lstm")
 # Without Opacus and BackPACK, which are the fastest peer in no case.
 SMALL_METHODS = ("mas_fast", "loop", "vmap")
 SMALL_CURVES = {"mlp-N": (16, 1024), "language_model-T": (512,)}
-SMALL_GROWTH_METHODS = ("mas_fast", "vmap")
+SMALL_GROWTH_METHODS = ("mas_fast",)
 
 
 def measure(out: Path, small: bool) -> int:
