@@ -16,8 +16,8 @@ from benchmarks.methods import OURS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MACHINE = "amd-epyc-avx512-2-threads"  # whose files README quotes
-OTHER_MACHINE = "amd-epyc-avx2-2-threads"  # whose passes it quotes beside them
+MACHINE = "amd-epyc-avx2-2-threads"  # whose files README quotes
+OTHER_MACHINE = "amd-epyc-avx512-2-threads"  # whose passes it quotes beside them
 BLOCK = re.compile(r"(<!-- numbers: .*? -->\n).*?(<!-- /numbers -->)", re.DOTALL)
 TITLES = {
     "mlp": "MLP 784-400-400-10, N = 256",
@@ -81,6 +81,17 @@ def best_peer(passes: dict[tuple[str, str], Row], case: str) -> Row | None:
     return min((row for row in known if row["ratio_p50"]), key=lambda row: row["ratio_p50"], default=None)
 
 
+def times_as_fast(passes: dict[tuple[str, str], Row], case: str) -> float | None:
+    """Return how many times as fast as the best peer mas_fast is; None where no peer runs."""
+    peer = best_peer(passes, case)
+    return None if peer is None else peer["ratio_p50"] / passes[case, OURS]["ratio_p50"]
+
+
+def factor_cell(factor: float | None) -> str:
+    """Return `times_as_fast` as a table cell."""
+    return "–" if factor is None else f"**{times(factor)}×**"
+
+
 def reason(failure: str) -> str:
     """Return in few words why a method has no time."""
     for sign, words in REASONS.items():
@@ -114,7 +125,6 @@ def passes_table(rows: list[Row]) -> list[str]:
         ours = passes.get((case, "mas_fast"))
         if ours is None:
             continue
-        peer = best_peer(passes, case)
         cells = [
             f"**{times(ours['ratio_p50'])}**",
             *(
@@ -122,7 +132,7 @@ def passes_table(rows: list[Row]) -> list[str]:
                 for known, method in ((single, "mas_fast"), (passes, "mas_fast_python"))
             ),
             *(cell_of(passes.get((case, method))) for method in PEERS),
-            "–" if peer is None else f"**{times(peer['ratio_p50'] / ours['ratio_p50'])}×**",
+            factor_cell(times_as_fast(passes, case)),
             f"{ours['error']:.0e}",
             f"{ours['peak_mib']:.0f} / {ours['peak_bar_mib']:.0f}",
         ]
@@ -142,11 +152,13 @@ def other_machine_table(rows: list[Row]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for case, (ours, peer) in cases.items():
-        cells = [f"**{times(ours['ratio_p50'])}**", "–", "–"]
-        if peer is not None:
-            cells[1] = f"{times(peer['ratio_p50'])}, {PEERS[peer['method']]}"
-            cells[2] = f"**{times(peer['ratio_p50'] / ours['ratio_p50'])}×**"
-        cells += [f"{ours['error']:.0e}", f"{ours['peak_mib']:.0f} / {ours['peak_bar_mib']:.0f}"]
+        cells = [
+            f"**{times(ours['ratio_p50'])}**",
+            "–" if peer is None else f"{times(peer['ratio_p50'])}, {PEERS[peer['method']]}",
+            factor_cell(times_as_fast(passes, case)),
+            f"{ours['error']:.0e}",
+            f"{ours['peak_mib']:.0f} / {ours['peak_bar_mib']:.0f}",
+        ]
         lines.append(f"| {TITLES[case]} | {' | '.join(cells)} |")
     return lines
 
@@ -193,12 +205,10 @@ def batch_mode_line(rows: list[Row]) -> str:
 def summary(rows: list[Row], growth: list[Row]) -> str:
     """Return what the measurements say, in two sentences."""
     passes = pass_rows(rows)
-    cases = [case for case in TITLES if (case, "mas_fast") in passes and best_peer(passes, case) is not None]
-    factors = {
-        case: best_peer(passes, case)["ratio_p50"] / passes[case, "mas_fast"]["ratio_p50"]  # type: ignore[index]
-        for case in cases
-    }
-    ratios = [passes[case, "mas_fast"]["ratio_p50"] for case in cases]
+    compared = {case: times_as_fast(passes, case) for case in TITLES if (case, OURS) in passes}
+    factors = {case: factor for case, factor in compared.items() if factor is not None}
+    cases = list(factors)
+    ratios = [passes[case, OURS]["ratio_p50"] for case in cases]
     slower = [SHORT_TITLES[case] for case in cases if factors[case] < 1]
     fastest = "in every case" if not slower else f"in all cases but {', '.join(slower)}"
     cost, factor = (f"{times(min(values))} to {times(max(values))}" for values in (ratios, list(factors.values())))
@@ -347,11 +357,12 @@ def numbers(
         "(benchmarks/README.md#where-we-lose), [how cost grows with N, T and "
         "parameters](benchmarks/figures/growth.png). Error: the largest of any parameter against the float64 loop. The "
         f"first batch bears what is paid once, above all the proof of the layout: {break_even(rows)} A peer takes its "
-        "fastest of chunks of 4, 8, 16, 32 and 64 samples. ResNet-18: errors in float64 (benchmarks/README.md).",
+        "fastest of chunks of 4, 8, 16, 32 and 64 samples; –: not measured here. ResNet-18: errors in float64 "
+        "(benchmarks/README.md).",
         "",
         batch_mode_line(rows),
         "",
-        "On a processor without AVX-512, and with the code of that day:",
+        "On another processor, and with the code of that day:",
         "",
         *other_machine_table(other),
         "",
