@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import mas_fast
 from mas_fast import CaptureError, Importance, estimate_importance
 from mas_fast.capture.backward import Backward
+from mas_fast.capture.layout import Fingerprint, prove, sample_weights
 from mas_fast.errors import LoopWarning
 from mas_fast.reference import importance_loop
 
@@ -203,6 +205,33 @@ def test_a_leak_between_samples_is_no_layout_in_bfloat16():
     ).bfloat16()
     with pytest.warns(LoopWarning):
         estimate_importance(model, [torch.randn(8, 8).bfloat16()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_leak_between_two_samples_is_missed(dtype):
+    # Rounding hides much of δ in bfloat16, and one projection by chance nearly all that a sample adds to another.
+    generator = torch.Generator().manual_seed(0)
+    weights = sample_weights(8, torch.zeros((), dtype=dtype))
+    for draw in range(300):
+        delta, leak = torch.randn(2, 8, 16, generator=generator).to(dtype)
+        source, target = torch.randperm(8, generator=generator)[:2]
+        scaled = weights[:, None] * delta
+        delta[target], scaled[target] = delta[target] + leak[source], scaled[target] + weights[source] * leak[source]
+        plain, weighted = (Fingerprint.of(own, [0]) for own in (delta, scaled))
+        assert not prove(plain, weighted, weights, torch.finfo(dtype).eps), draw
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-23, 1e-30])
+def test_gradients_whose_squares_vanish_count(scale):
+    torch.manual_seed(0)
+    model, batch = nn.Linear(4, 3), torch.randn(6, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LoopWarning)  # the smallest cannot be proved
+        importance = estimate_importance(
+            model, [batch], forward=lambda m, x: m(x) * scale, objective=lambda output: output.sum(1)
+        )
+    expected = torch.full((3,), scale)
+    torch.testing.assert_close(importance["bias"], expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("leaking", [0, 1])
