@@ -87,9 +87,19 @@ def times_as_fast(passes: dict[tuple[str, str], Row], case: str) -> float | None
     return None if peer is None else peer["ratio_p50"] / passes[case, OURS]["ratio_p50"]
 
 
-def factor_cell(factor: float | None) -> str:
-    """Return `times_as_fast` as a table cell."""
-    return "–" if factor is None else f"**{times(factor)}×**"
+def last_cells(passes: dict[tuple[str, str], Row], case: str) -> list[str]:
+    """Return what a table of passes ends with: times as fast as the best peer, error, peak memory and its bar."""
+    ours, factor = passes[case, OURS], times_as_fast(passes, case)
+    return [
+        "–" if factor is None else f"**{times(factor)}×**",
+        f"{ours['error']:.0e}",
+        f"{ours['peak_mib']:.0f} / {ours['peak_bar_mib']:.0f}",
+    ]
+
+
+def kernels_of(row: Row) -> str:
+    """Return what ran, as "C++ (avx2)"."""
+    return ", ".join(sorted(set(row["implementations"].values())))
 
 
 def reason(failure: str) -> str:
@@ -132,9 +142,7 @@ def passes_table(rows: list[Row]) -> list[str]:
                 for known, method in ((single, "mas_fast"), (passes, "mas_fast_python"))
             ),
             *(cell_of(passes.get((case, method))) for method in PEERS),
-            factor_cell(times_as_fast(passes, case)),
-            f"{ours['error']:.0e}",
-            f"{ours['peak_mib']:.0f} / {ours['peak_bar_mib']:.0f}",
+            *last_cells(passes, case),
         ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
@@ -144,10 +152,9 @@ def other_machine_table(rows: list[Row]) -> list[str]:
     """Return what whole passes cost on another machine, beside the best of the other methods there."""
     passes = pass_rows(rows)
     row = next(row for row in rows if row["method"] == OURS)
-    kernels = ", ".join(sorted(set(row["implementations"].values())))
     cases = {case: (passes[case, OURS], best_peer(passes, case)) for case in TITLES if (case, OURS) in passes}
     lines = [
-        f"| {row['machine']['cpu']}, {kernels}, {row['date'][:10]} | mas_fast | best other exact method "
+        f"| {row['machine']['cpu']}, {kernels_of(row)}, {row['date'][:10]} | mas_fast | best other exact method "
         "| faster than it | error | peak MiB / backward + Ω |",
         "|---|---|---|---|---|---|",
     ]
@@ -155,9 +162,7 @@ def other_machine_table(rows: list[Row]) -> list[str]:
         cells = [
             f"**{times(ours['ratio_p50'])}**",
             "–" if peer is None else f"{times(peer['ratio_p50'])}, {PEERS[peer['method']]}",
-            factor_cell(times_as_fast(passes, case)),
-            f"{ours['error']:.0e}",
-            f"{ours['peak_mib']:.0f} / {ours['peak_bar_mib']:.0f}",
+            *last_cells(passes, case),
         ]
         lines.append(f"| {TITLES[case]} | {' | '.join(cells)} |")
     return lines
@@ -342,7 +347,6 @@ def numbers(
     """Return the text between README's markers."""
     row = next(row for row in rows if row["method"] == "mas_fast")
     machine, versions = row["machine"], row["versions"]
-    kernels = ", ".join(sorted(set(row["implementations"].values())))
     peers = " and ".join(f"{name} {versions[name]}" for name in ("opacus", "backpack-for-pytorch") if name in versions)
     lines = [
         summary(rows, growth),
@@ -351,7 +355,7 @@ def numbers(
         "",
         *passes_table(rows),
         "",
-        f"{machine['cpu']}, {machine['threads']} threads, {row['dtype']}, {kernels}, torch {versions['torch']}"
+        f"{machine['cpu']}, {machine['threads']} threads, {row['dtype']}, {kernels_of(row)}, torch {versions['torch']}"
         f"{', ' + peers if peers else ''}, {row['date'][:10]}; medians of interleaved rounds, "
         "[all rows](benchmarks/results), [what they mean](benchmarks/README.md), [where mas_fast is not the fastest]"
         "(benchmarks/README.md#where-we-lose), [how cost grows with N, T and "

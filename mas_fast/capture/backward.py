@@ -214,7 +214,7 @@ class Backward:
             if self._phase is _Phase.WEIGH:
                 tap.weighted = fingerprint
                 return
-            if fingerprint.vanishes() and not bool(delta.any()):
+            if fingerprint.vanishes(delta):
                 return
             if not all(bool(scale.isfinite().all()) for scale in fingerprint.scales.values()):
                 self._infinite.update(tap.names)

@@ -85,6 +85,8 @@ def _powers(samples: int, span: int) -> Tensor:
 # A leak may happen to vanish in a projection. In bfloat16, whose rounding hides a fortieth of δ, one of twenty does; in
 # all of these, none in a hundred thousand.
 _PROJECTIONS = 4
+# The most numbers of a probe that are drawn, and kept.
+_KEPT = 4096
 
 
 class Fingerprint(NamedTuple):
@@ -115,9 +117,11 @@ class Fingerprint(NamedTuple):
         scales = {axis: 1.5 * torch.linalg.vector_norm(_rows(entries, axis), dim=1) for axis in axes} if scaled else {}
         return cls(sums, scales)
 
-    def vanishes(self) -> bool:
-        """Return whether δ is zero, or so small that its square is: of zero, any layout adds nothing."""
-        return bool(self.sums) and not any(bool(scale.any()) for scale in self.scales.values())
+    def vanishes(self, delta: Tensor) -> bool:
+        """Return whether δ, of which this is, is zero throughout, so that any layout adds nothing."""
+        # δ itself is asked where no magnitude is left: squares of small numbers are zero.
+        measured = any(bool(scale.any()) for scale in self.scales.values())
+        return bool(self.sums) and not measured and not bool(delta.any())
 
 
 def _rows(tensor: Tensor, axis: int) -> Tensor:
@@ -127,8 +131,7 @@ def _rows(tensor: Tensor, axis: int) -> Tensor:
 
 def _project_again(projected: Tensor, axis: int) -> Tensor:
     """Project what was projected, [*leading, _PROJECTIONS], on one of its axes, each by numbers of its own."""
-    size = projected.shape[axis]
-    rows = projected.movedim(axis, 0).reshape(size, projected.numel() // (size * _PROJECTIONS), _PROJECTIONS)
+    rows = _rows(projected, axis).unflatten(1, (-1, _PROJECTIONS))
     return rows.squeeze(1) if rows.shape[1] == 1 else (rows * _probes(rows.shape[1], 1, rows)).sum(1)
 
 
@@ -145,9 +148,6 @@ def _probes(width: int, draw: int, like: Tensor) -> Tensor:
     # To draw millions takes longer than all else here. Products of two that were drawn cancel as little.
     outer, inner = _probes(-(-width // _KEPT), draw + 2, like), _probes(_KEPT, draw, like)
     return (outer[:, None] * inner).flatten(0, 1)[:width]
-
-
-_KEPT = 4096
 
 
 @lru_cache(maxsize=64)
