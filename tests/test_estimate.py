@@ -221,12 +221,12 @@ def test_no_leak_between_two_samples_is_missed(dtype):
         assert not prove(plain, weighted, weights, torch.finfo(dtype).eps), draw
 
 
-@pytest.mark.parametrize("scale", [1e-18, 1e-23, 1e-30])
-def test_gradients_whose_squares_vanish_count(scale):
+@pytest.mark.parametrize("scale", [1e-18, 1e-23, 1e-30, 1e18, 1e23, 1e30])
+def test_gradients_whose_squares_vanish_or_overflow_count(scale):
     torch.manual_seed(0)
     model, batch = nn.Linear(4, 3), torch.randn(6, 4)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LoopWarning)  # the smallest cannot be proved
+        warnings.simplefilter("ignore", LoopWarning)  # the smallest and the largest cannot be proved
         importance = estimate_importance(
             model, [batch], forward=lambda m, x: m(x) * scale, objective=lambda output: output.sum(1)
         )

@@ -217,7 +217,10 @@ class Backward:
             if fingerprint.vanishes(delta):
                 return
             if not all(bool(scale.isfinite().all()) for scale in fingerprint.scales.values()):
-                self._infinite.update(tap.names)
+                if bool(delta.isfinite().all()):
+                    self._fail(tap)  # its norm overflows, by which projections are judged
+                else:
+                    self._infinite.update(tap.names)
                 return
             if tap.weighted is not None:
                 # What was float16 on its way here has its small numbers rounded differently in the two backwards.
