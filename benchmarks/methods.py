@@ -80,7 +80,7 @@ class Method:
 
     Attributes:
         run: Takes a workload and one of `options`; returns Ω, or None if it computes none.
-        options: Keyword arguments to choose from; the fastest at warm-up is the one that is timed.
+        options: Keyword arguments to choose from; the fastest beside the unit is the one that is timed.
         sample_limit: Time this many samples at most, of one batch or of several whole ones; None times every batch.
         batch_limit: The same in batches.
         is_exact: Whether an error above the tolerance is a failure; else it is shown, and the time too.

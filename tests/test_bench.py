@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,26 @@ def test_a_choice_that_fails_leaves_the_others(monkeypatch):
     monkeypatch.setitem(methods.METHODS, "vmap", methods.Method(fails_on_large_chunks, options=methods.CHUNKS))
     contender = measure.prepare("vmap", workload, measure.true_importance(workload), 1e-5)
     assert contender.failure is None and contender.options == {"chunk": 4}
+
+
+def test_the_choice_is_what_is_fastest_beside_the_unit(monkeypatch):
+    torch.manual_seed(0)
+    workload = CASES["mlp"].build(1).head(8)
+    seconds = {4: {"alone": 0.03, "beside": 0.03}, 8: {"alone": 0.02, "beside": 0.05}}
+    before = []
+
+    def unit(workload):
+        before.append("unit")
+
+    def slow_after_the_unit(workload, chunk):
+        time.sleep(seconds[chunk]["beside" if before[-1:] == ["unit"] else "alone"])
+        before.append("own")
+        return methods.vmap(workload, chunk)
+
+    monkeypatch.setitem(methods.METHODS, methods.UNIT, methods.Method(unit, is_ours=True))
+    monkeypatch.setitem(methods.METHODS, "vmap", methods.Method(slow_after_the_unit, options=methods.CHUNKS))
+    contender = measure.prepare("vmap", workload, measure.true_importance(workload), 1e-5)
+    assert contender.options == {"chunk": 4}
 
 
 @pytest.mark.parametrize(("limit", "size", "batches"), [(8, 4, [4, 4]), (8, 32, [8]), (8, 5, [5]), (None, 4, [4] * 3)])
