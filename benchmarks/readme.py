@@ -16,8 +16,8 @@ from benchmarks.methods import OURS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MACHINE = "amd-epyc-avx2-2-threads"  # whose files README quotes
-OTHER_MACHINE = "amd-epyc-avx512-2-threads"  # whose passes it quotes beside them
+MACHINE = "amd-epyc-avx512-2-threads"  # whose files README quotes
+OTHER_MACHINE = "amd-epyc-avx2-2-threads"  # whose passes it quotes beside them
 BLOCK = re.compile(r"(<!-- numbers: .*? -->\n).*?(<!-- /numbers -->)", re.DOTALL)
 TITLES = {
     "mlp": "MLP 784-400-400-10, N = 256",
@@ -366,7 +366,8 @@ def numbers(
         "",
         batch_mode_line(rows),
         "",
-        "On another processor, and with the code of that day:",
+        "On another processor, with the code of that day, and with chunks of the peers that were chosen less carefully "
+        "([how](benchmarks/README.md#what-a-row-means)):",
         "",
         *other_machine_table(other),
         "",
