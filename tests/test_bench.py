@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -184,24 +183,26 @@ def test_a_choice_that_fails_leaves_the_others(monkeypatch):
     assert contender.failure is None and contender.options == {"chunk": 4}
 
 
-def test_the_choice_is_what_is_fastest_beside_the_unit(monkeypatch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_choice_is_what_is_fastest_beside_the_unit(monkeypatch, fails):
     torch.manual_seed(0)
     workload = CASES["mlp"].build(1).head(8)
-    seconds = {4: {"alone": 0.03, "beside": 0.03}, 8: {"alone": 0.02, "beside": 0.05}}
-    before = []
+    seconds = {4: {"alone": 3.0, "beside": 3.0}, 8: {"alone": 2.0, "beside": 5.0}}
+    ran = []
 
-    def unit(workload):
-        before.append("unit")
+    def time_pass_s(contender):
+        where = "beside" if ran[-1:] == ["unit"] else "alone"
+        if fails and where == "beside":
+            raise RuntimeError("too much")
+        ran.append("own")
+        return seconds[contender.options["chunk"]][where]
 
-    def slow_after_the_unit(workload, chunk):
-        time.sleep(seconds[chunk]["beside" if before[-1:] == ["unit"] else "alone"])
-        before.append("own")
-        return methods.vmap(workload, chunk)
-
-    monkeypatch.setitem(methods.METHODS, methods.UNIT, methods.Method(unit, is_ours=True))
-    monkeypatch.setitem(methods.METHODS, "vmap", methods.Method(slow_after_the_unit, options=methods.CHUNKS))
+    monkeypatch.setitem(methods.METHODS, methods.UNIT, methods.Method(lambda workload: ran.append("unit")))
+    monkeypatch.setattr(measure.Contender, "time_pass_s", time_pass_s)
     contender = measure.prepare("vmap", workload, measure.true_importance(workload), 1e-5)
-    assert contender.options == {"chunk": 4}
+    assert contender.failure == ("RuntimeError: too much" if fails else None)
+    if not fails:
+        assert contender.options == {"chunk": 4}
 
 
 @pytest.mark.parametrize(("limit", "size", "batches"), [(8, 4, [4, 4]), (8, 32, [8]), (8, 5, [5]), (None, 4, [4] * 3)])
