@@ -221,6 +221,18 @@ def test_no_leak_between_two_samples_is_missed(dtype):
         assert not prove(plain, weighted, weights, torch.finfo(dtype).eps), draw
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e33])
+def test_no_leak_is_proved_away_by_overflow(scale):
+    weights = torch.exp2(torch.tensor([0.0, 1, 2, 3, 40]))
+    delta = torch.full((5, 1), scale)
+    scaled = weights[:, None] * delta
+    # The gradient of the sample with the largest weight is another's, and one number wide: its norm is finite.
+    scaled[weights.argmax()] = weights.min() * scale
+    eps = torch.finfo(torch.float32).eps
+    proved = prove(Fingerprint.of(delta, [0]), Fingerprint.of(scaled, [0]), weights, eps)
+    assert all(layout.order == "rows" for layout in proved)  # where that sample has none
+
+
 @pytest.mark.parametrize("scale", [1e-18, 1e-23, 1e-30, 1e18, 1e23, 1e30])
 def test_gradients_whose_squares_vanish_or_overflow_count(scale):
     torch.manual_seed(0)
@@ -232,6 +244,8 @@ def test_gradients_whose_squares_vanish_or_overflow_count(scale):
         )
     expected = torch.full((3,), scale)
     torch.testing.assert_close(importance["bias"], expected, rtol=1e-5, atol=0)
+    overflows = [row.fallback for row in importance.coverage if "overflows" in (row.fallback or "")]
+    assert len(overflows) == (2 if scale > 1e18 else 0)
 
 
 @pytest.mark.parametrize("leaking", [0, 1])

@@ -57,7 +57,7 @@ class Backward:
         self._phase = _Phase.IDLE
         self._weights = torch.empty(0)
         self._weighed_elsewhere = False  # the weighted δ comes from another forward
-        self._failed: list[Tap] = []  # in this sweep: where the samples are could not be proved
+        self._failed: list[tuple[Tap, str]] = []  # in this sweep: where the samples are could not be proved, and why
         self._infinite: set[str] = set()  # parameters whose δ holds inf or nan
         self._made = len(forward.taps)  # before the first sweep
         self._weighed: list[Fingerprint | None] = []  # by tap, once there was a weighted sweep
@@ -218,7 +218,10 @@ class Backward:
                 return
             if not all(bool(scale.isfinite().all()) for scale in fingerprint.scales.values()):
                 if bool(delta.isfinite().all()):
-                    self._fail(tap)  # its norm overflows, by which projections are judged
+                    # By its norm the proof judges what it finds.
+                    self._fail(
+                        tap, f"the norm of the gradient of the output {list(tap.shape)} of {tap.site.call} overflows"
+                    )
                 else:
                     self._infinite.update(tap.names)
                 return
@@ -230,7 +233,10 @@ class Backward:
                 if len(proved) == 1 and self._holds_again(proved[0], tap.shape):
                     tap.site.remember(self.forward.program, proved[0])
             if tap.layout is None:
-                self._fail(tap)
+                unproved = (
+                    f"no axis of the output {list(tap.shape)} of {tap.site.call} can be proved to hold the samples"
+                )
+                self._fail(tap, unproved)
                 return
         if self._phase is _Phase.ADD:
             self._add(tap, Delta(delta, None if self._samples == 1 else tap.layout, self._samples), saved)
@@ -260,19 +266,18 @@ class Backward:
             assert tap.accumulate is not None
             tap.accumulate(omega, delta, saved, self.capture.square)
 
-    def _fail(self, tap: Tap) -> None:
+    def _fail(self, tap: Tap, reason: str) -> None:
         """Have a tap's parameters done again, in another way."""
-        self._failed.append(tap)
+        self._failed.append((tap, reason))
         self.left |= tap.names & self.pending
 
     def _turn_failed(self) -> None:
         """Turn what failed in a sweep to other ways: not during it, for a checkpoint must repeat what it did."""
-        for tap in self._failed:
+        for tap, reason in self._failed:
             if self._weighed_elsewhere:
                 # Perhaps the two forwards differed: ask again on one graph.
                 self.capture.one_graph = True
             elif not tap.site.next_way():
-                reason = f"no axis of the output {list(tap.shape)} of {tap.site.call} can be proved to hold the samples"
                 for source in tap.roles.values():
                     self.forward.give_up(source, reason)
         self._failed.clear()
