@@ -24,7 +24,7 @@ MOST_CHECKED = 1024  # samples, unless one batch has more
 # In float32 against float64, where float32 decides branches: that moves Ω by less, and what is not exact by far more.
 BRANCHES_TOLERANCE = 0.02
 # Choices that took at most so many times as long as the fastest at warm-up are timed again, in so many rounds.
-NEARLY_FASTEST = 2.0
+NEARLY_FASTEST = 3.0
 CHOOSING_ROUNDS = 3
 LONGEST_FAILURE = 200  # characters
 
@@ -151,14 +151,13 @@ def prepare(
     if not seconds:
         return contender
     contender.failure = None
-    try:
-        contender.options = choices[_fastest(contender, choices, seconds)]
-    except Exception as failure:
-        if method.is_ours:
-            raise
-        contender.failure = describe_failure(failure)
-        return contender
     contender.passes = max(1, math.ceil(SHORTEST_TIMING_S / min(seconds.values())))
+    near = [place for place, own in seconds.items() if own <= NEARLY_FASTEST * min(seconds.values())]
+    contender.options = choices[near[0]]
+    if len(near) > 1:
+        _choose(contender, [choices[place] for place in near], unit_workload(contender, workload))
+        if contender.failure is not None:
+            return contender
     errors = ((contender.error, tolerance), (contender.error_as_timed, BRANCHES_TOLERANCE))
     for error, most in errors if method.is_exact else ():
         if error is not None and error > most:
@@ -166,26 +165,37 @@ def prepare(
     return contender
 
 
-def _fastest(contender: Contender, choices: Sequence[dict[str, int]], seconds: Mapping[int, float]) -> int:
-    """Return the place of the choice that is fastest as it will be timed: after the unit, and not only once.
+def unit_workload(contender: Contender, workload: Workload) -> Workload:
+    """Return what the unit runs on beside a contender: the same samples, in whole batches."""
+    count = -(-contender.samples_timed // workload.batch_size)
+    return replace(workload, batches=workload.batches[:count])
+
+
+def _choose(contender: Contender, choices: Sequence[dict[str, int]], beside: Workload) -> None:
+    """Give a contender the options that are fastest as it will be timed: after the unit, and not only once.
 
     What the unit has freed, the next pass may have to ask the system for again: some chunks take half as long alone.
 
     Args:
-        contender: Runs them.
-        choices: All of them.
-        seconds: Place -> what a pass took at warm-up, of those that can run.
+        contender: Who has to choose; where every choice fails, that is its failure.
+        choices: Its options.
+        beside: What the unit runs on.
     """
-    near = [place for place, own in seconds.items() if own <= NEARLY_FASTEST * min(seconds.values())]
-    if len(near) == 1:
-        return near[0]
-    times: dict[int, list[float]] = {place: [] for place in near}
+    times: dict[int, list[float]] = {place: [] for place in range(len(choices))}
     for _ in range(CHOOSING_ROUNDS):
-        for place, own in times.items():
+        for place in list(times):
+            METHODS[UNIT].run(beside)
             contender.options = choices[place]
-            METHODS[UNIT].run(contender.workload)
-            own.append(contender.time_pass_s())
-    return min(times, key=lambda place: statistics.median(times[place]))
+            try:
+                times[place].append(contender.time_pass_s())
+            except Exception as failure:
+                if METHODS[contender.method].is_ours:
+                    raise
+                contender.failure = describe_failure(failure)
+                del times[place]
+    if times:
+        contender.failure = None
+        contender.options = choices[min(times, key=lambda place: statistics.median(times[place]))]
 
 
 def describe_failure(failure: Exception) -> str:

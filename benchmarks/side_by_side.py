@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Workload, find_case
-from benchmarks.measure import Contender, describe_failure, prepare, true_importance
+from benchmarks.measure import Contender, describe_failure, prepare, true_importance, unit_workload
 from benchmarks.memory import MIB, OUT_OF_MEMORY, limit_memory, out_of_memory
 from benchmarks.methods import METHODS, UNIT
 from benchmarks.provenance import describe_implementations
@@ -125,9 +125,7 @@ def _prepare_here(setting: Setting, name: str, truth_path: Path) -> dict[str, An
     if setting.limit_gib is not None:
         limit_memory(setting.limit_gib)
     contender = prepare(name, workload, truth, setting.tolerance, SLOWEST_S)
-    # The unit on the same samples, in whole batches.
-    count = -(-contender.samples_timed // workload.batch_size)
-    unit = prepare(UNIT, replace(workload, batches=workload.batches[:count]), truth, setting.tolerance)
+    unit = prepare(UNIT, unit_workload(contender, workload), truth, setting.tolerance)
     _OWN[:] = [contender, unit]
     parameters = sum(omega.numel() for omega in truth.values())
     failure = contender.failure

@@ -183,26 +183,26 @@ def test_a_choice_that_fails_leaves_the_others(monkeypatch):
     assert contender.failure is None and contender.options == {"chunk": 4}
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_choice_is_what_is_fastest_beside_the_unit(monkeypatch, fails):
+@pytest.mark.parametrize(("fail", "chosen"), [((), 4), ((4,), 8), ((4, 8), None)])
+def test_the_choice_is_what_is_fastest_beside_the_unit(monkeypatch, fail, chosen):
     torch.manual_seed(0)
     workload = CASES["mlp"].build(1).head(8)
     seconds = {4: {"alone": 3.0, "beside": 3.0}, 8: {"alone": 2.0, "beside": 5.0}}
     ran = []
 
     def time_pass_s(contender):
-        where = "beside" if ran[-1:] == ["unit"] else "alone"
-        if fails and where == "beside":
-            raise RuntimeError("too much")
+        where, chunk = "beside" if ran[-1:] == ["unit"] else "alone", contender.options["chunk"]
         ran.append("own")
-        return seconds[contender.options["chunk"]][where]
+        if where == "beside" and chunk in fail:
+            raise RuntimeError("too much")
+        return seconds[chunk][where]
 
     monkeypatch.setitem(methods.METHODS, methods.UNIT, methods.Method(lambda workload: ran.append("unit")))
     monkeypatch.setattr(measure.Contender, "time_pass_s", time_pass_s)
     contender = measure.prepare("vmap", workload, measure.true_importance(workload), 1e-5)
-    assert contender.failure == ("RuntimeError: too much" if fails else None)
-    if not fails:
-        assert contender.options == {"chunk": 4}
+    assert contender.failure == (None if chosen else "RuntimeError: too much")
+    if chosen:
+        assert contender.options == {"chunk": chosen}
 
 
 @pytest.mark.parametrize(("limit", "size", "batches"), [(8, 4, [4, 4]), (8, 32, [8]), (8, 5, [5]), (None, 4, [4] * 3)])
