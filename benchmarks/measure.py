@@ -144,18 +144,15 @@ def prepare(
             elif len(choices) > 1:
                 seconds[place] = contender.time_pass_s()  # of several, none is left out for what a first pass pays
         except Exception as failure:
-            # Peers fail in many ways, of which the row tells.
-            if method.is_ours:
-                raise
-            contender.failure = describe_failure(failure)
+            contender.failure = describe_failure(name, failure)
     if not seconds:
         return contender
     contender.failure = None
     contender.passes = max(1, math.ceil(SHORTEST_TIMING_S / min(seconds.values())))
-    near = [place for place, own in seconds.items() if own <= NEARLY_FASTEST * min(seconds.values())]
-    contender.options = choices[near[0]]
+    near = [choices[place] for place, own in seconds.items() if own <= NEARLY_FASTEST * min(seconds.values())]
+    contender.options = near[0]
     if len(near) > 1:
-        _choose(contender, [choices[place] for place in near], unit_workload(contender, workload))
+        _choose(contender, near, unit_workload(contender, workload))
         if contender.failure is not None:
             return contender
     errors = ((contender.error, tolerance), (contender.error_as_timed, BRANCHES_TOLERANCE))
@@ -189,16 +186,20 @@ def _choose(contender: Contender, choices: Sequence[dict[str, int]], beside: Wor
             try:
                 times[place].append(contender.time_pass_s())
             except Exception as failure:
-                if METHODS[contender.method].is_ours:
-                    raise
-                contender.failure = describe_failure(failure)
+                contender.failure = describe_failure(contender.method, failure)
                 del times[place]
     if times:
         contender.failure = None
         contender.options = choices[min(times, key=lambda place: statistics.median(times[place]))]
 
 
-def describe_failure(failure: Exception) -> str:
-    """Return an exception as one line."""
+def describe_failure(method: str, failure: Exception) -> str:
+    """Return an exception of a peer as one line, of which its row tells: peers fail in many ways.
+
+    Raises:
+        Exception: The failure itself, if the method is ours.
+    """
+    if METHODS[method].is_ours:
+        raise failure
     lines = str(failure).splitlines()
     return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:LONGEST_FAILURE]

@@ -156,10 +156,7 @@ def _time_here(unit_first: bool) -> dict[str, Any]:
         else:
             own, beside = contender.time_batch_ms(batch_size), unit.time_batch_ms(batch_size)
     except Exception as failure:
-        # As in preparing: the row tells of a peer that fails.
-        if METHODS[contender.method].is_ours:
-            raise
-        return {"failure": describe_failure(failure)}
+        return {"failure": describe_failure(contender.method, failure)}
     return {"own": own, "unit": beside}
 
 

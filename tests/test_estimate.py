@@ -231,6 +231,8 @@ def test_no_leak_is_proved_away_by_overflow(scale):
     eps = torch.finfo(torch.float32).eps
     proved = prove(Fingerprint.of(delta, [0]), Fingerprint.of(scaled, [0]), weights, eps)
     assert all(layout.order == "rows" for layout in proved)  # where that sample has none
+    for layout in proved:
+        assert layout.rows.tolist() == [[0, 4], [1, -1], [2, -1], [3, -1], [-1, -1]]
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-23, 1e-30, 1e18, 1e23, 1e30])

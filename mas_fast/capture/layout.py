@@ -184,9 +184,8 @@ def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float
         scales = plain.scales[axis]
         for order, w in expected.items():
             w = w.to(sums)
-            differences = torch.addcmul(weighted.sums[axis], w[:, None], sums, value=-1).abs_().amax(1)
-            # What overflows tells nothing: inf is no less than inf.
-            told = scaled = (differences <= tolerance * w * scales) & differences.isfinite()
+            differences = torch.addcmul(weighted.sums[axis], w[:, None], sums, value=-1)
+            told = scaled = _within(differences, tolerance * w * scales)
             if not bool(told.all()):
                 told = scaled | _fades(w, scales, weighted.sums[axis], tolerance)
             # One weight alone is no evidence: two samples with different ones must have been told apart.
@@ -195,6 +194,12 @@ def prove(plain: Fingerprint, weighted: Fingerprint, weights: Tensor, eps: float
     if proved:
         return proved
     return [layout for axis in plain.sums for layout in _owned_rows(axis, plain, weighted, weights, tolerance)]
+
+
+def _within(differences: Tensor, bound: Tensor) -> Tensor:
+    """Return where all projections differ by no more than their bound; what overflows tells nothing, for inf <= inf."""
+    largest = differences.abs().amax(-1)
+    return (largest <= bound) & largest.isfinite()
 
 
 def _fades(w: Tensor, scales: Tensor, weighted: Tensor, tolerance: float) -> Tensor:
@@ -224,8 +229,8 @@ def _owned_rows(
     if len(weights.unique()) < len(weights) or not len(places):
         return []
     w, sums, scales = weights.to(sums), sums[places, None], scales[places, None]
-    differences = (weighted.sums[axis][places, None] - w[:, None] * sums).abs().amax(2)  # [places, N]
-    near = differences <= tolerance * w * scales
+    differences = weighted.sums[axis][places, None] - w[:, None] * sums  # [places, N, _PROJECTIONS]
+    near = _within(differences, tolerance * w * scales)
     owner = near.int().argmax(1)
     if not bool((near.sum(1) == 1).all()) or len(owner.unique()) < 2:
         return []
