@@ -13,6 +13,7 @@ import torch
 
 import mas_fast
 from benchmarks import peers
+from mas_fast.machine import cpuinfo
 
 
 def describe_run(num_threads: int) -> dict[str, Any]:
@@ -44,13 +45,9 @@ def describe_implementations(device: str) -> dict[str, str]:
 
 def cpu_model() -> str:
     """Return the processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    if names:
-        return names[0]
+    name = cpuinfo("model name")
+    if name is not None:
+        return name
     if platform.system() == "Darwin":
         return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
     return platform.processor() or platform.machine()

@@ -1,9 +1,10 @@
 """Time each accumulate op against its plain-torch reference and against the plain weight gradient of the same shapes.
 
-Those of an LSTM's steps have only the reference beside them; those of the training step are in `benchmarks.steps`.
+Those of an LSTM's steps have only the reference beside them, the product of a linear layer torch's own; those of the
+training step are in `benchmarks.steps`.
 
-Letters: N samples, T positions, O and I channels out and in, V vocabulary, D width, K entries of a vector parameter, H
-cells.
+Letters: N samples, T positions, R rows of both, O and I channels out and in, V vocabulary, D width, K entries of a
+vector parameter, H cells.
 """
 
 from __future__ import annotations
@@ -295,6 +296,33 @@ def test_lstm(
     benchmark.group = "{} T {} N {} H {}".format(name, *shape)
     benchmark.extra_info["implementation"] = implementation_of(name) if contender == "mas_fast" else "torch"
     benchmark.pedantic(op, setup=fresh, rounds=50)
+
+
+@pytest.mark.parametrize("contender", ["mas_fast", "torch"])
+@pytest.mark.parametrize(
+    "shape", [(1024, 384, 1536), (1024, 1536, 384), (256, 784, 400)], ids=lambda shape: "R {} I {} O {}".format(*shape)
+)
+@pytest.mark.parametrize("layout", ["y", "gradient"])
+def test_linear(benchmark: BenchmarkFixture, layout: str, shape: tuple[int, int, int], contender: str) -> None:
+    """Check y = x Wᵀ + b, or the gradient δ W of x, against float64, then time it; torch's is whatever it runs here."""
+    torch.manual_seed(0)
+    rows, inputs, outputs = shape
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    bias = torch.randn(outputs) if layout == "y" else None
+    weight = weight if layout == "y" else torch.randn(inputs, outputs).T
+    output = torch.empty(rows, outputs)
+
+    def run() -> Tensor:
+        if contender == "torch":
+            return torch.nn.functional.linear(x, weight, bias)
+        ops.linear_(output, x, weight, bias)
+        return output
+
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_close(run(), exact)
+    benchmark.group = "linear_ {}: R {} I {} O {}".format(layout, *shape)
+    benchmark.extra_info["implementation"] = implementation_of("linear_") if contender == "mas_fast" else "torch"
+    benchmark(run)
 
 
 def implementation_of(op: str) -> str:

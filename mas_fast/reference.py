@@ -271,6 +271,19 @@ def accumulate_affine_(
         omega_weight += magnitude((delta * x).sum((1, 3)), square).sum(0)
 
 
+@torch.no_grad()
+def linear_(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Write x Wᵀ + b to output: a linear layer itself, and, with Wᵀ for W, the gradient of its input.
+
+    Args:
+        output: [R, O], written to.
+        input: x [R, I], any number of rows.
+        weight: W [O, I].
+        bias: b [O], or None.
+    """
+    output.copy_(torch.nn.functional.linear(input, weight, bias))
+
+
 def _describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{type(value).__name__} with keys {list(value)[:8]}"

@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/data.h"
+#include "cpu/factor.h"
 
 namespace mas_fast::cpu {
 namespace {
@@ -43,17 +43,9 @@ template <class T>
 struct Packed : Scratch<T> {
   Packed(const Tensor& w, int64_t K, int64_t C, bool transposed)
       : Scratch<T>(ceil_div(C, kernels_for<T>().tile_columns) * K * kernels_for<T>().tile_columns) {
-    const Kernels<T>& kernel = kernels_for<T>();
-    const T* const data = static_cast<const T*>(w.const_data_ptr());
-    for (int64_t first = 0; first < C; first += kernel.tile_columns) {
-      const int64_t columns = std::min(kernel.tile_columns, C - first);
-      T* const panel = this->get() + first * K;
-      if (transposed) {
-        if (columns < kernel.tile_columns) std::fill_n(panel, K * kernel.tile_columns, T(0));
-        kernel.transpose(input_type(w), {data + first * K, K, 1}, columns, K, panel, kernel.tile_columns);
-      } else {
-        kernel.pack(input_type(w), {data + first, C, 1}, K, columns, kernel.tile_columns, Magnitude::kPlain, panel);
-      }
+    const Factor<T> factor{static_cast<const T*>(w.const_data_ptr()), transposed ? 1 : C, transposed ? K : 1};
+    for (int64_t first = 0; first < C; first += kernels_for<T>().tile_columns) {
+      factor.pack(0, K, first, std::min(kernels_for<T>().tile_columns, C - first), this->get() + first * K);
     }
   }
 };
@@ -88,7 +80,7 @@ void run_ahead(Tensor& gates, Tensor& states, Tensor& cells, Tensor& to_c, Tenso
           std::fill_n(row, 4 * H, T(0));
         }
       }
-      kernel.multiply(h + before * P, P, w.get(), rows, P, 4 * H, recurrent.get());
+      kernel.multiply(h + before * P, P, w.get(), rows, P, 4 * H, recurrent.get(), 4 * H);
       const int64_t own = t * samples + first;
       T* const u = outputs ? outputs + own * H : h + after * H;
       for (int64_t n = 0; n < rows; ++n) {
@@ -97,7 +89,7 @@ void run_ahead(Tensor& gates, Tensor& states, Tensor& cells, Tensor& to_c, Tenso
       }
       if (!outputs) continue;
       std::fill_n(h + after * P, rows * P, T(0));
-      kernel.multiply(u, H, projection->get(), rows, H, P, h + after * P);
+      kernel.multiply(u, H, projection->get(), rows, H, P, h + after * P, P);
     }
   });
 }
@@ -126,7 +118,7 @@ void run_back(Tensor& delta, Tensor& of_h, Tensor& of_c, const Tensor& w_hh, con
       T* const before = h + ((reverse ? t + 1 : t) * samples + first) * P;
       if (projection) {
         std::fill_n(unprojected.get(), rows * H, T(0));
-        kernel.multiply(arrived, P, projection->get(), rows, P, H, unprojected.get());
+        kernel.multiply(arrived, P, projection->get(), rows, P, H, unprojected.get(), H);
         arrived = unprojected.get();
       }
       const int64_t row = t * samples + first;
@@ -134,7 +126,7 @@ void run_back(Tensor& delta, Tensor& of_h, Tensor& of_c, const Tensor& w_hh, con
         kernel.lstm_back(arrived + n * H, gates + (row + n) * 4 * H, cell + (row + n) * H, keep + (row + n) * H, H,
                          c + (first + n) * H, d + (row + n) * 4 * H);
       }
-      kernel.multiply(d + row * 4 * H, 4 * H, w.get(), rows, 4 * H, P, before);
+      kernel.multiply(d + row * 4 * H, 4 * H, w.get(), rows, 4 * H, P, before, P);
     }
   });
 }

@@ -31,6 +31,7 @@ from mas_fast.capture.site import Site
 from mas_fast.capture.tap import Tap, TapFunction
 from mas_fast.capture.trace import Trace
 from mas_fast.errors import CaptureError
+from mas_fast.kernels import products
 
 if TYPE_CHECKING:
     from mas_fast.capture.session import Capture
@@ -149,7 +150,7 @@ class Forward(TorchFunctionMode):
             # Of a layer that is not measured: those before it end here all the same.
             args, kwargs = replaced(list(args), self._cut), replaced(dict(kwargs), self._cut)
         if not used or not torch.is_grad_enabled():
-            result = func(*args, **kwargs)
+            result = products.run(func, args, kwargs)
             self._note_constant(func, args, kwargs, result)
             return result
         site = self._site(func, used, args, kwargs)
@@ -379,7 +380,7 @@ class Forward(TorchFunctionMode):
         args, kwargs = _detached(args, kwargs, used)
         if self.capture.local:
             args, kwargs = replaced(args, self._cut), replaced(kwargs, self._cut)
-        output = func(*args, **kwargs)
+        output = products.run(func, args, kwargs)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return _UNFIT
         self.half |= output.dtype == torch.float16

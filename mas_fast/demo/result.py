@@ -19,6 +19,7 @@ from mas_fast.demo.data import Task
 from mas_fast.demo.network import LAYERS
 from mas_fast.demo.settings import Settings
 from mas_fast.demo.train import Run
+from mas_fast.machine import cpuinfo
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -110,19 +111,7 @@ def _versions() -> dict[str, str]:
 def _machine() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": cpuinfo("model name") or platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _processor() -> str:
-    # platform.processor() is empty or only the architecture on Linux.
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -50,6 +50,10 @@ OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         " Tensor? rstd=None, bool square=False) -> ()",
         reference.accumulate_affine_,
     ),
+    "linear_": (
+        "(Tensor(a!) output, Tensor input, Tensor weight, Tensor? bias=None) -> ()",
+        reference.linear_,
+    ),
     "lstm_ahead_": (
         "(Tensor(a!) gates, Tensor(b!) states, Tensor(c!) cells, Tensor(d!) to_c, Tensor(e!) kept,"
         " Tensor(f!)? unprojected, Tensor w_hh, Tensor? b_hh, Tensor? w_hr, int[] sizes, bool reverse=False) -> ()",
@@ -233,6 +237,8 @@ def _on_cuda(op: str) -> tuple[str, str]:
     """Return what runs an op on NVIDIA GPUs, and why nothing faster does."""
     if op.startswith("accumulate_"):
         return ("Triton", "float64 runs the reference") if _gpu_reason is None else ("reference", _gpu_reason)
+    if op == "linear_":
+        return "reference", "torch's own products run there"
     if op.startswith("lstm_"):
         return "reference", "there is no kernel of its own: a few launches a step"
     if _reference_reason is not None:
@@ -240,6 +246,23 @@ def _on_cuda(op: str) -> tuple[str, str]:
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"mas_fast::{op}", "CUDA"):
         return "CUDA", ""
     return "reference", "not compiled in this installation (MAS_FAST_BUILD=cuda compiles it)"
+
+
+def linear_(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Write x Wᵀ + b to output; see `reference.linear_`.
+
+    Args:
+        output: [R, O], float32 or float64, contiguous, written to.
+        input: x [R, I], of the same dtype.
+        weight: W [O, I], of the same dtype, with any strides.
+        bias: b [O], of the same dtype, or None.
+
+    Raises:
+        RuntimeError: A shape, dtype or device does not fit.
+    """
+    if 1 not in weight.stride():
+        weight = weight.contiguous()
+    torch.ops.mas_fast.linear_(output, input.contiguous(), weight, None if bias is None else bias.contiguous())
 
 
 def lstm_ahead_(
