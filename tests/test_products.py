@@ -9,9 +9,10 @@ from cases import DIRECT, JOINED, LOOPED, Lambda, build
 from compare import assert_as_accurate, truth_of, worst_error
 from torch import nn
 from torch.library import opcheck
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mas_fast import estimate_importance, machine, reference, verify
+from mas_fast.capture.forward import Forward
 from mas_fast.kernels import ops, products
 
 # torch says of even kernels with padding="same" that they may be slow.
@@ -226,7 +227,17 @@ def test_other_calls_are_left_to_torch(calls, name):
 
 @pytest.mark.parametrize(
     ("function", "arguments"),
-    [(F.linear, (X, draw(3, 6))), (torch.mm, (X, draw(6, 3))), (F.linear, (X, None)), (F.linear, (X, W.float()))],
+    [
+        (F.linear, (X, draw(3, 6))),
+        (torch.mm, (X, draw(6, 3))),
+        (F.linear, (X, None)),
+        (F.linear, (X, W.float())),
+        (torch.mm, (X.expand(2, 5, 7), W.T)),
+        (torch.Tensor.mm, (X.expand(2, 5, 7), W.T)),
+        (torch.matmul, (X, W.T, None)),
+        (torch.addmm, (B, X, W.T, None)),
+        (F.linear, (X, W, B, None)),
+    ],
 )
 def test_errors_are_those_of_torch(calls, function, arguments):
     with pytest.raises((RuntimeError, TypeError)) as theirs:
@@ -265,6 +276,31 @@ def test_gradients_can_be_differentiated(calls):
 
     torch.testing.assert_close(of(products.run), of(lambda function, args, _: function(*args)), rtol=1e-12, atol=0)
     assert len(calls) == 2  # the first forward, and once on the way back to x
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_a_backward_may_be_transformed(calls):
+    # Of forward-mode gradients and torch.func, a Function knows nothing in its backward either.
+    def of(function, transform):
+        x = X.clone().requires_grad_()
+        y = function(F.linear, (x, W, B), {})
+        return transform(lambda delta, **options: torch.autograd.grad(y, x, delta, retain_graph=True, **options)[0])
+
+    rows, tangent = draw(4, 5, 3), draw(5, 3)
+
+    def dual(gradient):
+        with torch.autograd.forward_ad.dual_level():
+            made = gradient(torch.autograd.forward_ad.make_dual(rows[0], tangent))
+            return torch.autograd.forward_ad.unpack_dual(made).tangent
+
+    for transform in (
+        dual,
+        lambda gradient: torch.func.jvp(gradient, (rows[0],), (tangent,))[1],
+        lambda gradient: torch.func.vmap(gradient)(rows),
+        lambda gradient: gradient(rows, is_grads_batched=True),
+    ):
+        truth = of(lambda function, args, _: function(*args), transform)
+        torch.testing.assert_close(of(products.run, transform), truth, rtol=1e-12, atol=1e-12)
 
 
 def test_small_products_are_left_to_torch(calls, monkeypatch):
@@ -351,6 +387,62 @@ def test_float32_is_as_accurate_as_with_torchs_products(calls, monkeypatch):
     assert ours <= 1.5 * worst_error(estimate_importance(model, [batch]), truth) + 1e-7
 
 
+class Prompted(nn.Module):
+    """A trained prompt before blocks that are frozen, each behind a checkpoint."""
+
+    def __init__(self, width, **options):
+        super().__init__()
+        self.options = options
+        self.prompt = nn.Parameter(draw(2, 6))
+        blocks = [nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 6)) for _ in range(2)]
+        self.blocks = nn.ModuleList(blocks).double().requires_grad_(False)
+
+    def forward(self, x):
+        x = torch.cat([self.prompt.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = x + checkpoint(block, x, **self.options)
+        return x
+
+
+def save_products():
+    """Return the contexts of a selective checkpoint that keeps the results of products."""
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+
+
+@pytest.mark.parametrize("width", [6, 9], ids=["square", "wide"])
+@pytest.mark.parametrize(
+    "options",
+    [{"use_reentrant": False}, {"use_reentrant": True}, {"use_reentrant": False, "context_fn": save_products}],
+    ids=["plain", "reentrant", "selective"],
+)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_checkpoints_of_frozen_layers(calls, width, options, frozen):
+    # What a checkpoint saves is made again in the backward, perhaps by torch's own product, which saves W otherwise.
+    torch.manual_seed(0)
+    model, batch = Prompted(width, **options), draw(5, 3, 6)
+    model.blocks.requires_grad_(not frozen)
+    importance = estimate_importance(model, [batch], dtype=torch.float64)
+    model.options = {"use_reentrant": False}  # the loop asks for gradients in a way that others refuse
+    assert worst_error(importance, truth_of(model, batch)) <= 1e-11
+
+
+@pytest.mark.parametrize("depth", [2, 6])
+def test_gradients_of_products_are_not_kept(calls, monkeypatch, depth):
+    # A checkpoint of one trained layer has the backward watched, with the gradients of all products.
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6).double() for _ in range(depth)]
+    model = Lambda(
+        lambda m, x: m.layers(checkpoint(m.first, x, use_reentrant=False)),
+        first=nn.Linear(6, 6).double(),
+        layers=nn.Sequential(*layers),
+    )
+    kept = []
+    end = Forward.end
+    monkeypatch.setattr(Forward, "end", lambda self: (kept.append(len(self._constants)), end(self)))
+    estimate_importance(model, [draw(5, 3, 6)], dtype=torch.float64)
+    assert calls and max(kept) < depth
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints(calls, reentrant):
     torch.manual_seed(0)
@@ -364,7 +456,9 @@ def test_checkpoints(calls, reentrant):
     batch = draw(5, 3, 6)
     importance = estimate_importance(model, [batch], dtype=torch.float64)
     truth = {f"plain.{name}": omega for name, omega in truth_of(plain, batch).items()}
-    assert len(calls) >= 6 and worst_error(importance, truth) <= 1e-11
+    assert worst_error(importance, truth) <= 1e-11
+    # What a checkpoint saves must be what the repeat saves, wherever that runs.
+    assert (len(calls) >= 6) == reentrant
 
 
 def test_frozen_layers_run_by_it_too(calls):

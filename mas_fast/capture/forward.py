@@ -32,6 +32,7 @@ from mas_fast.capture.tap import Tap, TapFunction
 from mas_fast.capture.trace import Trace
 from mas_fast.errors import CaptureError
 from mas_fast.kernels import products
+from mas_fast.recompute import checkpoint_hook, is_first, is_repeat
 
 if TYPE_CHECKING:
     from mas_fast.capture.session import Capture
@@ -209,8 +210,8 @@ class Forward(TorchFunctionMode):
     def _site(self, func: Any, used: Mapping[int, Tracked], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Site:
         call_name = _call_name(func)
         names = tuple([name for source in used.values() for name in source.names])
-        self._checkpoint = _checkpoint_hook()
-        if _repeats(self._checkpoint):
+        self._checkpoint = checkpoint_hook()
+        if is_repeat(self._checkpoint):
             # It has to do what the first run did, and that was the same for all calls of its kind.
             alike = self.capture.alike.get(_kind(call_name, names, used, args, kwargs))
             if alike is not None:
@@ -221,7 +222,7 @@ class Forward(TorchFunctionMode):
         if site is None:
             ways = self._ways(func, used, args, kwargs)
             site = self.capture.sites[call_name, names, count] = Site(call_name, ways)
-        if _runs_in(self._checkpoint):
+        if is_first(self._checkpoint):
             self.capture.alike.setdefault(_kind(call_name, names, used, args, kwargs), site)
         return site
 
@@ -398,9 +399,9 @@ class Forward(TorchFunctionMode):
             output.shape,
             binding.axes,
         )
-        self.recomputes |= _runs_in(self._checkpoint)
+        self.recomputes |= is_first(self._checkpoint)
         # What a checkpoint repeats only gives back the tensors that the first run would have saved.
-        if not _repeats(self._checkpoint):
+        if not is_repeat(self._checkpoint):
             if self.in_sweep is not None:
                 self.in_sweep(tap)
             self.taps.append(tap)
@@ -551,20 +552,6 @@ def _detached(args: Any, kwargs: Any, used: Mapping[int, Tracked]) -> tuple[Any,
         [detached(a) if isinstance(a, Tensor) else a if type(a) in _PLAIN else replaced(a, detached) for a in args],
         {key: replaced(a, detached) for key, a in kwargs.items()} if kwargs else {},
     )
-
-
-def _checkpoint_hook() -> str:
-    """Return what torch's activation checkpoint is doing with saved tensors, as the name of its hooks; else ""."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks[0].__qualname__ if hooks and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint" else ""
-
-
-def _runs_in(checkpoint: str) -> bool:
-    return checkpoint.startswith("_checkpoint_hook")
-
-
-def _repeats(checkpoint: str) -> bool:
-    return checkpoint.startswith("_recomputation_hook")
 
 
 def _kind(

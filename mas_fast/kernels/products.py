@@ -16,14 +16,16 @@ from torch.autograd import forward_ad
 
 from mas_fast.kernels import ops
 from mas_fast.machine import cpuinfo
+from mas_fast.recompute import checkpoint_hook
 
 # Below so many multiplications the way to the kernel takes what it saves; below such a width its tiles are not full.
 LEAST_WORK = 1 << 21
 LEAST_WIDTH = 32
 
-_MATMULS = frozenset((torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__))
+_MMS = frozenset((torch.mm, torch.Tensor.mm))
+_MATMULS = _MMS | {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 _ADDMMS = frozenset((torch.addmm, torch.Tensor.addmm))
-_FUNCTIONS = frozenset((F.linear, *_MATMULS, *_ADDMMS))
+_FUNCTIONS = _MATMULS | _ADDMMS | {F.linear}
 
 
 class _Linear(torch.autograd.Function):
@@ -40,7 +42,11 @@ class _Linear(torch.autograd.Function):
         """Return δ W [*, I]."""
         (weight,) = ctx.saved_tensors
         # Under create_graph=True the gradient is differentiated in turn.
-        return delta @ weight if torch.is_grad_enabled() else _product(delta, weight.mT, None), None, None
+        if torch.is_grad_enabled() or _is_transformed(delta):
+            return delta @ weight, None, None
+        # Not before the eyes of a watched backward, which would keep what it sees being made.
+        with torch._C.DisableTorchFunction():
+            return _product(delta, weight.mT, None), None, None
 
 
 def run(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -52,7 +58,8 @@ def run(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         kwargs: Its keyword arguments.
     """
     if function in _FUNCTIONS and torch_is_slow() and args and not kwargs:
-        operands = args[:-1] if args[-1] is None else args  # what has no bias may say so
+        # What has no bias may say so.
+        operands = args[:2] if function is F.linear and len(args) == 3 and args[2] is None else args
         layer = _as_linear(function, *operands) if all(map(_is_plain, operands)) else None
         if layer is not None and _fits(*layer):
             return _Linear.apply(*layer)
@@ -84,6 +91,8 @@ def _as_linear(function: Any, *args: Tensor) -> tuple[Tensor, Tensor, Tensor | N
         bias, input, weight = args[0], args[1], args[2].mT
     else:
         return None
+    if function in _MMS and input.dim() != 2:
+        return None
     if weight.dim() != 2 or input.dim() < 2 or input.shape[-1] != weight.shape[1] or input.dtype != weight.dtype:
         return None
     fits = bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
@@ -96,13 +105,17 @@ def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    # A Function knows nothing of torch.func and of forward-mode gradients.
-    transformed = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-    return not transformed and not torch.is_autocast_enabled("cpu")
+    # What is made again in the backward must save what was saved first, and may be made by torch's own product.
+    return not (_is_transformed(input) or torch.is_autocast_enabled("cpu") or checkpoint_hook())
+
+
+def _is_transformed(t: Tensor) -> bool:
+    """Return whether a tensor is under torch.func, or has a tangent or a batch: a Function knows nothing of them."""
+    level = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return level or torch._C._functorch.is_legacy_batchedtensor(t)
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     output = input.new_empty((*input.shape[:-1], weight.shape[0]))
-    rows = input.reshape(-1, weight.shape[1])
-    ops.linear_(output.view(-1, weight.shape[0]), rows, weight, bias)
+    ops.linear_(output.flatten(0, -2), input.flatten(0, -2), weight, bias)
     return output
