@@ -159,6 +159,15 @@ CONV = {
     "2d_in_place_several_samples": (5, 1, 16, 32, [20, 20], [3, 3], [1, 1], [1, 1], [1, 1]),
     "2d_in_place_longer_than_a_chunk": (2, 1, 4, 16, [66, 66], [2, 2], [1, 1], [0, 0], [1, 1]),
     "2d_outputs_for_each_thread": (3, 1, 136, 16, [9, 9], [3, 3], [1, 1], [1, 1], [1, 1]),
+    # Large enough for Winograd's sums on every instruction set.
+    "3x3": (3, 1, 67, 93, [17, 12], [3, 3], [1, 1], [1, 1], [1, 1]),
+    "3x3_even": (5, 1, 64, 64, [8, 8], [3, 3], [1, 1], [1, 1], [1, 1]),
+    "3x3_odd_width": (2, 1, 48, 64, [12, 17], [3, 3], [1, 1], [1, 1], [1, 1]),
+    "3x3_padding": (2, 1, 70, 61, [15, 14], [3, 3], [1, 1], [0, 3], [1, 1]),
+    "3x3_grouped": (2, 3, 62, 61, [16, 16], [3, 3], [1, 1], [1, 1], [1, 1]),
+    "3x3_images": (2, 1, 64, 64, [3, 9, 10], [1, 3, 3], [1, 1, 1], [0, 1, 1], [1, 1, 1]),
+    "3x3_bands": (2, 1, 70, 64, [70, 66], [3, 3], [1, 1], [1, 1], [1, 1]),
+    "3x3_long_rows": (2, 1, 64, 64, [5, 600], [3, 3], [1, 1], [1, 1], [1, 1]),
     "3d": (2, 1, 5, 4, [4, 5, 6], [3, 2, 3], [1, 2, 1], [1, 0, 2], [1, 1, 2]),
     "3d_grouped": (2, 2, 3, 5, [4, 5, 6], [2, 2, 2], [2, 1, 1], [0, 1, 0], [1, 2, 1]),
     "depthwise_1d": (3, 7, 1, 1, [20], [5], [2], [2], [1]),
@@ -215,6 +224,8 @@ CONV_LAYOUTS = {
         "2d_one_column",
         "2d_one_row",
         "2d_grouped",
+        "3x3_odd_width",
+        "3x3_images",
         "3d",
         "depthwise_2d",
         "depthwise_3d",
@@ -637,7 +648,7 @@ SHORT_SET = """
         for square in (False, True):
             for name in ("ragged", "one_position", "longer_than_a_block", "ones"):
                 test_ops.test_linear(name, dtype, square)
-            for name in ("1d_strided", "2d_ragged", "2d_pointwise", "2d_grouped", "3d", "depthwise_2d"):
+            for name in ("1d_strided", "2d_ragged", "2d_pointwise", "2d_grouped", "3x3", "3d", "depthwise_2d"):
                 test_ops.test_conv(name, dtype, square)
             for name in ("ragged", "wide"):
                 test_ops.test_embedding(name, dtype, square)

@@ -56,6 +56,19 @@ struct Kernels {
   void (*depthwise)(const T* delta, int64_t delta_stride, const T* x, const int64_t* base, int64_t positions,
                     const int64_t* offset, int64_t kernel, int64_t channels, T* sums);
 
+  // Winograd's points (winograd.h), entry `point` of tile t at dst[point * point_stride + t * width], of a row of
+  // tiles: of δ from two rows of 2·tiles positions, [tile_rows] each; of x from four rows of 2·tiles + 2,
+  // [tile_columns] each.
+  void (*winograd_delta)(const T* delta, int64_t tiles, T* dst, int64_t point_stride);
+  void (*winograd_x)(const T* const* rows, int64_t tiles, T* dst, int64_t point_stride);
+
+  // sums[point, o, i] = Σ_t delta[point, t, o] x[point, t, i], added to what is there if `adds`.
+  void (*winograd_sum)(const T* delta, int64_t delta_stride, const T* x, int64_t x_stride, int64_t tiles, bool adds,
+                       T* sums);
+
+  // into[tap, o, i] += magnitude of the gradient at the tap, made of the sums.
+  void (*winograd_fold)(const T* sums, Magnitude magnitude, T* into);
+
   // weight[k] += magnitude(Σ_rs δ (x − mean) rstd), bias[k] += magnitude(Σ_rs δ) for k_begin <= k < k_end, one sample.
   // weight, bias, mean.data and rstd.data may be null; x.data may be null without weight.
   void (*affine)(Input type, Volume delta, Volume x, Volume mean, Volume rstd, int64_t R, int64_t S, int64_t k_begin,

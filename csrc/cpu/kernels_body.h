@@ -17,6 +17,7 @@ struct Lanes;
 template <>
 struct Lanes<float> {
   using Vector = float __attribute__((vector_size(MAS_FAST_VECTOR_BYTES)));
+  using Eight = float __attribute__((vector_size(32)));
   using Bits = uint32_t __attribute__((vector_size(MAS_FAST_VECTOR_BYTES)));
   using Signed = int32_t __attribute__((vector_size(MAS_FAST_VECTOR_BYTES)));
   static constexpr uint32_t kMagnitudeMask = 0x7fffffffu;
@@ -24,6 +25,7 @@ struct Lanes<float> {
 template <>
 struct Lanes<double> {
   using Vector = double __attribute__((vector_size(MAS_FAST_VECTOR_BYTES)));
+  using Eight = double __attribute__((vector_size(64)));
   using Bits = uint64_t __attribute__((vector_size(MAS_FAST_VECTOR_BYTES)));
   static constexpr uint64_t kMagnitudeMask = 0x7fffffffffffffffull;
 };
@@ -242,26 +244,27 @@ struct InPlace {
 };
 
 // MR × NV accumulators stay in registers over a sample's rows; its |·| is added to the tile, which stays in L1.
+template <class T, int MR, int NV, class Source, class Store>
+inline void tile_of_sample(const T* __restrict delta, const Source x, int64_t rows, Store to) {
+  Vector<T> sum[MR][NV] = {};
+  for (int64_t t = 0; t < rows; ++t, delta += MR) {
+    Vector<T> columns[NV];
+    for (int v = 0; v < NV; ++v) columns[v] = x.at(t, v);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      for (int v = 0; v < NV; ++v) sum[m][v] += broadcast<T>(delta[m]) * columns[v];
+    }
+  }
+  for (int m = 0; m < MR; ++m) {
+    for (int v = 0; v < NV; ++v) to((m * NV + v) * kWidth<T>, sum[m][v]);
+  }
+}
 template <class T, int MR, int NV, Magnitude M, class Source>
 void tile_for(const T* __restrict delta, const Source source, int64_t samples, int64_t rows, T* __restrict tile) {
-  constexpr int64_t W = kWidth<T>;
   for (int64_t n = 0; n < samples; ++n) {
-    const Source x = source.sample(n, rows);
-    Vector<T> sum[MR][NV] = {};
-    for (int64_t t = 0; t < rows; ++t, delta += MR) {
-      Vector<T> columns[NV];
-      for (int v = 0; v < NV; ++v) columns[v] = x.at(t, v);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) {
-        for (int v = 0; v < NV; ++v) sum[m][v] += broadcast<T>(delta[m]) * columns[v];
-      }
-    }
-    for (int m = 0; m < MR; ++m) {
-      for (int v = 0; v < NV; ++v) {
-        T* entry = tile + (m * NV + v) * W;
-        store<T>(entry, load<T>(entry) + magnitude<M, T>(sum[m][v]));
-      }
-    }
+    tile_of_sample<T, MR, NV>(delta + n * rows * MR, source.sample(n, rows), rows, [tile](int64_t i, Vector<T> sum) {
+      store<T>(tile + i, load<T>(tile + i) + magnitude<M, T>(sum));
+    });
   }
 }
 
@@ -351,6 +354,94 @@ void depthwise(const T* delta, int64_t delta_stride, const T* x, const int64_t* 
       for (int64_t k = 0; k < kn; ++k) sums[(k0 + k) * channels + c] = sum[k];
     }
   }
+}
+
+// F(3, 2) of Winograd, on vectors: of δ₀ δ₁ and x₀ … x₃, the three sums y_k = δ₀ x_k + δ₁ x_{k+1} by four products.
+template <class V, class T>
+inline void points_of_delta(V a, V b, T half, V (&to)[4]) {
+  to[0] = a;
+  to[1] = half * (a + b);
+  to[2] = half * (a - b);
+  to[3] = b;
+}
+template <class V>
+inline void points_of_x(V a, V b, V c, V d, V (&to)[4]) {
+  to[0] = a - c;
+  to[1] = b + c;
+  to[2] = c - b;
+  to[3] = b - d;
+}
+template <class V>
+inline void sums_at_taps(V a, V b, V c, V d, V (&to)[3]) {
+  to[0] = a + (b + c);
+  to[1] = b - c;
+  to[2] = (b + c) - d;
+}
+
+// One axis after the other. Of the MR entries of a panel, vectors of 8 are taken: what is written beyond is written
+// again by the next tile, or lies in the gap after the last one.
+template <class T, int MR>
+void winograd_delta(const T* delta, int64_t tiles, T* dst, int64_t point_stride) {
+  static_assert(MR <= 8);
+  using V = typename Lanes<T>::Eight;
+  const T* const below = delta + 2 * tiles * MR;
+  for (int64_t t = 0; t < tiles; ++t) {
+    V corner[2][2], column[2][4], point[4];
+    for (int j = 0; j < 2; ++j) {
+      std::memcpy(&corner[0][j], delta + (2 * t + j) * MR, sizeof(V));
+      std::memcpy(&corner[1][j], below + (2 * t + j) * MR, sizeof(V));
+      points_of_delta(corner[0][j], corner[1][j], T(0.5), column[j]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      points_of_delta(column[0][i], column[1][i], T(0.5), point);
+      for (int j = 0; j < 4; ++j) std::memcpy(dst + (4 * i + j) * point_stride + t * MR, &point[j], sizeof(V));
+    }
+  }
+}
+
+template <class T, int NV>
+void winograd_x(const T* const* rows, int64_t tiles, T* dst, int64_t point_stride) {
+  constexpr int64_t W = kWidth<T>, NR = NV * W;
+  for (int64_t t = 0; t < tiles; ++t) {
+    for (int v = 0; v < NV; ++v) {
+      const auto x = [&](int i, int j) { return load<T>(rows[i] + (2 * t + j) * NR + v * W); };
+      Vector<T> column[4][4], point[4];
+      for (int j = 0; j < 4; ++j) points_of_x(x(0, j), x(1, j), x(2, j), x(3, j), column[j]);
+      for (int i = 0; i < 4; ++i) {
+        points_of_x(column[0][i], column[1][i], column[2][i], column[3][i], point);
+        for (int j = 0; j < 4; ++j) store<T>(dst + (4 * i + j) * point_stride + t * NR + v * W, point[j]);
+      }
+    }
+  }
+}
+
+template <class T, int MR, int NV>
+void winograd_sum(const T* delta, int64_t delta_stride, const T* x, int64_t x_stride, int64_t tiles, bool adds,
+                  T* sums) {
+  for (int point = 0; point < 16; ++point, delta += delta_stride, x += x_stride, sums += MR * NV * kWidth<T>) {
+    tile_of_sample<T, MR, NV>(delta, Packed<T, NV>{x}, tiles, [=](int64_t i, Vector<T> sum) {
+      store<T>(sums + i, adds ? load<T>(sums + i) + sum : sum);
+    });
+  }
+}
+
+template <class T, int MR, int NV>
+void winograd_fold(const T* sums, Magnitude m, T* into) {
+  constexpr int64_t size = MR * NV * kWidth<T>;
+  with_magnitude(m, [&]<Magnitude M>() {
+    for (int64_t e = 0; e < size; e += kWidth<T>, sums += kWidth<T>, into += kWidth<T>) {
+      const auto sum = [&](int i, int j) { return load<T>(sums + (4 * i + j) * size); };
+      Vector<T> row[4][3], tap[3];
+      for (int i = 0; i < 4; ++i) sums_at_taps(sum(i, 0), sum(i, 1), sum(i, 2), sum(i, 3), row[i]);
+      for (int j = 0; j < 3; ++j) {
+        sums_at_taps(row[0][j], row[1][j], row[2][j], row[3][j], tap);
+        for (int i = 0; i < 3; ++i) {
+          T* const to = into + (3 * i + j) * size;
+          store<T>(to, load<T>(to) + magnitude<M, T>(tap[i]));
+        }
+      }
+    }
+  });
 }
 
 template <class T>
@@ -669,6 +760,10 @@ constexpr Kernels<T> kernels_of() {
           fold<T>,
           transpose<T>,
           depthwise<T>,
+          winograd_delta<T, MR>,
+          winograd_x<T, NV>,
+          winograd_sum<T, MR, NV>,
+          winograd_fold<T, MR, NV>,
           affine<T>,
           multiply<T, MR, NV>,
           lstm_ahead<T>,

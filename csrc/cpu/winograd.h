@@ -1,0 +1,212 @@
+// Ω of convolutions of 3 × 3 with steps of 1, by Winograd's minimal filtering: F(3×3, 2×2) of Lavin and Gray, "Fast
+// Algorithms for Convolutional Neural Networks", 2015.
+//
+// δ is cut into tiles of 2 × 2 positions, and with each goes the 4 × 4 of x that it meets. Both are turned into 4 × 4
+// points, by sums and differences; at each point, the products of δ and x are summed over the tiles, as a matrix
+// product; and the 16 sums of a sample make its 3 × 3 gradients, of which |·| is added. That is 16 multiply-adds for
+// every tile, output and channel, where the convolution itself has 36, and all that is read or written between is in a
+// cache. Like the direct sum, the error is some eps of ‖δ‖‖x‖; what is 0 only because products cancel may not be.
+//
+// Ω is divided among the threads, so nothing is reduced between them and the result does not depend on their number. A
+// thread turns a panel of channels of x for some samples, and runs it against all panels of δ, turned once for all.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "cpu/conv.h"
+#include "cpu/tiled.h"
+
+namespace mas_fast::cpu {
+
+constexpr int64_t kPoints = 16;
+constexpr int64_t kTaps = 9;
+// Points of δ of a chunk of samples, or of a band of rows of a large image; a panel of x has half of it per 32
+// channels.
+constexpr int64_t kWinogradBytes = 1 << 20;
+// Of a band, however many outputs there are: what is summed so far is read and written once for each.
+constexpr int64_t kLeastTiles = 128;
+
+template <class T>
+class Winograd {
+ public:
+  explicit Winograd(const Geometry& geometry)
+      : g_(geometry),
+        kernel_(kernels_for<T>()),
+        tile_rows_((g_.out[1] + 1) / 2),
+        row_tiles_((g_.out[2] + 1) / 2),
+        image_rows_(g_.out[0] * tile_rows_),
+        group_outputs_(g_.outputs / g_.groups),
+        group_channels_(g_.channels / g_.groups),
+        output_panels_(ceil_div(group_outputs_, kernel_.tile_rows)),
+        column_panels_(ceil_div(group_channels_, kernel_.tile_columns)) {}
+
+  // Whether this is such a convolution, and the sums of products outweigh what is done beside them.
+  bool pays() const {
+    const Axes ones{1, 1, 1};
+    if (g_.kernel != Axes{1, 3, 3} || g_.stride != ones || g_.dilation != ones || g_.padding[0] != 0) return false;
+    // Vector instructions per sample and group, from what the parts were measured to take.
+    const int64_t MR = kernel_.tile_rows, NV = kernel_.tile_columns / kernel_.lanes;
+    const int64_t pairs = output_panels_ * column_panels_, tiles = image_rows_ * row_tiles_;
+    const int64_t turns = 128 * NV * column_panels_ + 16 * MR * output_panels_;
+    const int64_t own = tiles * (kPoints * MR * NV * pairs + turns) + 100 * MR * NV * pairs;
+    const int64_t direct_panels = output_panels_ * ceil_div(kTaps * group_channels_, kernel_.tile_columns);
+    const int64_t direct = MR * NV * direct_panels * (g_.positions() + 6);
+    return 5 * own < 4 * direct;
+  }
+
+  void accumulate(const Deltas& delta, const View& x, int64_t samples, Magnitude magnitude, T* omega) const {
+    const int64_t MR = kernel_.tile_rows, NR = kernel_.tile_columns, tile = MR * NR;
+    const int64_t panels = g_.groups * output_panels_;  // of δ
+    const int64_t row_bytes = kPoints * row_tiles_ * panels * MR * int64_t(sizeof(T));
+    const int64_t least = ceil_div(kLeastTiles, row_tiles_);
+    const int64_t band = std::clamp(std::max(kWinogradBytes / row_bytes, least), int64_t(1), image_rows_);
+    const int64_t bands = ceil_div(image_rows_, band);
+    const int64_t chunk = bands > 1 ? 1 : std::clamp<int64_t>(kWinogradBytes / (row_bytes * image_rows_), 1, samples);
+    const int64_t tiles = band * row_tiles_;
+
+    const int64_t wanted = kTasksPerThread * int64_t(torch::stable::get_num_threads());
+    const int64_t blocks = std::clamp<int64_t>(ceil_div(wanted, g_.groups * column_panels_), 1, output_panels_);
+    const int64_t tasks = g_.groups * column_panels_ * blocks;
+
+    const Scratch<T> points(chunk * panels * points_size(tiles, MR));
+    const Scratch<T> totals(column_panels_ * panels * kTaps * tile);
+    std::fill_n(totals.get(), column_panels_ * panels * kTaps * tile, T(0));
+    // Of a sample in several bands, the sums so far.
+    const Scratch<T> partial(bands > 1 ? column_panels_ * panels * kPoints * tile : 0);
+
+    for (int64_t first = 0; first < samples; first += chunk) {
+      const int64_t count = std::min(chunk, samples - first);
+      for (int64_t b = 0; b < bands; ++b) {
+        const int64_t row = b * band, rows = std::min(band, image_rows_ - row), own_tiles = rows * row_tiles_;
+        const int64_t delta_size = points_size(own_tiles, MR), x_size = points_size(own_tiles, NR);
+        torch::stable::parallel_for(0, panels * count, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t panel = i / count, n = i % count;
+            turn_delta(delta, first + n, panel, row, rows, points.get() + (panel * count + n) * delta_size);
+          }
+        });
+        torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+          const Scratch<T> turned(count * x_size), sums(kPoints * tile);
+          int64_t held = -1;  // the panel of channels that is turned
+          for (int64_t task = begin; task < end; ++task) {
+            const int64_t panel = task / blocks, group = panel / column_panels_, block = task % blocks;
+            if (panel != held) {
+              for (int64_t n = 0; n < count; ++n) {
+                turn_x(x, first + n, group, panel % column_panels_, row, rows, turned.get() + n * x_size);
+              }
+              held = panel;
+            }
+            for (int64_t o = block * output_panels_ / blocks; o < (block + 1) * output_panels_ / blocks; ++o) {
+              const int64_t place = panel * output_panels_ + o;
+              const T* const deltas = points.get() + (group * output_panels_ + o) * count * delta_size;
+              for (int64_t n = 0; n < count; ++n) {
+                T* const own = bands > 1 ? partial.get() + place * kPoints * tile : sums.get();
+                kernel_.winograd_sum(deltas + n * delta_size, point_stride(own_tiles, MR), turned.get() + n * x_size,
+                                     point_stride(own_tiles, NR), own_tiles, b > 0, own);
+                if (b == bands - 1) kernel_.winograd_fold(own, magnitude, totals.get() + place * kTaps * tile);
+              }
+            }
+          }
+        });
+      }
+    }
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        for (int64_t c = 0; c < column_panels_; ++c) add(totals.get(), panel, c, omega);
+      }
+    });
+  }
+
+ private:
+  // A point's tiles, one after the other, and a gap: else points would stand whole pages apart, and all in one set of
+  // the first-level cache.
+  static int64_t point_stride(int64_t tiles, int64_t width) { return (tiles + 1) * width; }
+  static int64_t points_size(int64_t tiles, int64_t width) { return kPoints * point_stride(tiles, width); }
+
+  // Entries that Kernels::winograd_delta may read beyond a panel of δ.
+  static constexpr int64_t kSpare = 8;
+
+  // The points of some rows of tiles of a panel of δ.
+  void turn_delta(const Deltas& delta, int64_t n, int64_t panel, int64_t row, int64_t rows, T* dst) const {
+    const int64_t MR = kernel_.tile_rows, W = g_.out[2], width = 2 * row_tiles_;
+    const int64_t first = panel % output_panels_ * MR, output = panel / output_panels_ * group_outputs_ + first;
+    const int64_t outputs = std::min(MR, group_outputs_ - first);
+    const int64_t size = 2 * width * MR;  // two rows of δ, of even length
+    const Scratch<T> packed(size + kSpare);
+    std::fill_n(packed.get(), size + kSpare, T(0));
+    for (int64_t r = row; r < row + rows; ++r) {
+      const int64_t depth = r / tile_rows_, h = r % tile_rows_ * 2, count = std::min<int64_t>(2, g_.out[1] - h);
+      if (count < 2) std::fill_n(packed.get() + width * MR, width * MR, T(0));
+      const auto pack = [&](int64_t from, int64_t positions, T* to) {
+        kernel_.pack(delta.type, delta.sample(n, output, from), positions, outputs, MR, Magnitude::kPlain, to);
+      };
+      const int64_t position = (depth * g_.out[1] + h) * W;
+      if (W == width) {
+        pack(position, count * W, packed.get());
+      } else {
+        for (int64_t i = 0; i < count; ++i) pack(position + i * W, W, packed.get() + i * width * MR);
+      }
+      kernel_.winograd_delta(packed.get(), row_tiles_, dst + (r - row) * row_tiles_ * MR,
+                             point_stride(rows * row_tiles_, MR));
+    }
+  }
+
+  // The points of some rows of tiles of a panel of channels of x.
+  void turn_x(const View& x, int64_t n, int64_t group, int64_t panel, int64_t row, int64_t rows, T* dst) const {
+    const int64_t NR = kernel_.tile_columns, W = g_.in[2], row_size = (2 * row_tiles_ + 2) * NR;
+    const int64_t first = panel * NR, channels = std::min(NR, group_channels_ - first);
+    const auto stride = [&](int axis) { return x.dims - 3 + axis >= 2 ? x.stride[x.dims - 3 + axis] : 0; };
+    // The last four rows of the padded image that were read, row r at r % 4; margins and spare channels stay 0. They
+    // come by way of rows without margins, which can be turned together: a short one is no vector.
+    const Scratch<T> ring(4 * row_size), dense(4 * W * NR);
+    std::fill_n(ring.get(), 4 * row_size, T(0));
+    std::fill_n(dense.get(), 4 * W * NR, T(0));
+    const bool rows_joined = stride(1) == W * stride(2);
+    const auto read = [&](int64_t depth, int64_t padded_begin, int64_t padded_end) {
+      const int64_t begin = std::max(padded_begin - g_.padding[1], int64_t(0));
+      const int64_t end = std::min(padded_end - g_.padding[1], g_.in[1]);
+      const int64_t at = n * x.stride[0] + (group * group_channels_ + first) * x.stride[1] + depth * stride(0);
+      for (int64_t h = begin; h < end; h += rows_joined ? end - begin : 1) {
+        kernel_.transpose(x.type, {x.at(at + h * stride(1)), x.stride[1], stride(2)}, channels,
+                          rows_joined ? (end - begin) * W : W, dense.get() + (h - begin) * W * NR, NR);
+      }
+      for (int64_t r = padded_begin; r < padded_end; ++r) {
+        const int64_t h = r - g_.padding[1];
+        T* const to = ring.get() + r % 4 * row_size + g_.padding[2] * NR;
+        const bool inside = begin <= h && h < end;
+        inside ? std::copy_n(dense.get() + (h - begin) * W * NR, W * NR, to) : std::fill_n(to, W * NR, T(0));
+      }
+    };
+    for (int64_t r = row; r < row + rows; ++r) {
+      const int64_t depth = r / tile_rows_, h = r % tile_rows_ * 2;
+      read(depth, r == row || h == 0 ? h : h + 2, h + 4);
+      const T* four[4];
+      for (int64_t i = 0; i < 4; ++i) four[i] = ring.get() + (h + i) % 4 * row_size;
+      kernel_.winograd_x(four, row_tiles_, dst + (r - row) * row_tiles_ * NR, point_stride(rows * row_tiles_, NR));
+    }
+  }
+
+  // Adds what belongs to a panel of outputs and one of channels to Ω.
+  void add(const T* totals, int64_t panel, int64_t columns, T* omega) const {
+    const int64_t MR = kernel_.tile_rows, NR = kernel_.tile_columns, tile = MR * NR;
+    const int64_t group = panel / output_panels_, o = panel % output_panels_;
+    const T* const own = totals + ((group * column_panels_ + columns) * output_panels_ + o) * kTaps * tile;
+    const int64_t outputs = std::min(MR, group_outputs_ - o * MR), first = columns * NR;
+    for (int64_t m = 0; m < outputs; ++m) {
+      T* const row = omega + ((group * group_outputs_ + o * MR + m) * group_channels_ + first) * kTaps;
+      for (int64_t c = 0; c < std::min(NR, group_channels_ - first); ++c) {
+        for (int64_t k = 0; k < kTaps; ++k) row[c * kTaps + k] += own[k * tile + m * NR + c];
+      }
+    }
+  }
+
+  const Geometry& g_;
+  const Kernels<T>& kernel_;
+  int64_t tile_rows_, row_tiles_;  // of one depth; tiles in each
+  int64_t image_rows_;             // rows of tiles of all depths
+  int64_t group_outputs_, group_channels_, output_panels_, column_panels_;
+};
+
+}  // namespace mas_fast::cpu
