@@ -17,7 +17,8 @@ from benchmarks.methods import OURS
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MACHINE = "amd-epyc-avx512-2-threads"  # whose files README quotes
-OTHER_MACHINE = "amd-epyc-avx2-2-threads"  # whose passes it quotes beside them
+# Whose passes it quotes beside them.
+OTHER_MACHINES = ("intel-r-xeon-r-processor-avx512-2-threads", "amd-epyc-avx2-2-threads")
 BLOCK = re.compile(r"(<!-- numbers: .*? -->\n).*?(<!-- /numbers -->)", re.DOTALL)
 TITLES = {
     "mlp": "MLP 784-400-400-10, N = 256",
@@ -337,7 +338,7 @@ VERDICTS = {"holds": "hold", "ties": "tie", "cannot be told": "cannot be told", 
 
 def numbers(
     rows: list[Row],
-    other: list[Row],
+    others: list[list[Row]],
     growth: list[Row],
     steps: list[Row],
     state: list[Row],
@@ -366,11 +367,10 @@ def numbers(
         "",
         batch_mode_line(rows),
         "",
-        "On another processor, with the code of that day, and with chunks of the peers that were chosen less carefully "
-        "([how](benchmarks/README.md#what-a-row-means)):",
+        "On other processors, with the code of that day; without AVX-512, with chunks of the peers that were chosen "
+        "less carefully ([how](benchmarks/README.md#what-a-row-means)):",
         "",
-        *other_machine_table(other),
-        "",
+        *[line for other in others for line in (*other_machine_table(other), "")],
         *steps_table(steps),
         "",
         state_line(state),
@@ -396,8 +396,8 @@ def main(argv: list[str] | None = None) -> int:
     experiments = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "continual").glob("*.json"))}
     readme = ROOT / "README.md"
     text = readme.read_text()
-    other = json.loads((RESULTS / f"passes-{OTHER_MACHINE}.json").read_text())
-    block = numbers(passes, other, growth, steps, state, demo, experiments)
+    others = [json.loads((RESULTS / f"passes-{machine}.json").read_text()) for machine in OTHER_MACHINES]
+    block = numbers(passes, others, growth, steps, state, demo, experiments)
     written, count = BLOCK.subn(lambda found: found[1] + block + found[2], text)
     if count != 1:
         print("README.md must have one block of numbers between its markers", file=sys.stderr)
