@@ -3,7 +3,7 @@
 // An implicit matrix product. Per chunk of samples, x is copied once to channels-last with its zero margin, so that the
 // entry of x for position p and kernel entry k stands at base[p] + offset[k] + c. Panels of at most tile_columns (k, c)
 // pairs are gathered from there, a thread's own at a time: the unfolded batch never exists. Depthwise convolutions sum
-// directly. What winograd.h says of most convolutions of 3 × 3 is faster.
+// directly; most of 3 × 3 go by winograd.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

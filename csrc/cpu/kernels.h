@@ -13,6 +13,8 @@ namespace mas_fast::cpu {
 enum class Input { kFloat32, kFloat64, kBFloat16, kFloat16 };  // what data is read from
 enum class Magnitude { kPlain, kAbs, kSquare };                // what is added: Σ v, Σ |v| or Σ v²
 
+constexpr int64_t kPoints = 16;  // of Winograd's sums
+
 // A matrix in memory, element (r, c) at data[r * row_stride + c * column_stride] (strides in elements).
 struct Matrix {
   const void* data;

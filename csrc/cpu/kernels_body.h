@@ -382,7 +382,7 @@ inline void sums_at_taps(V a, V b, V c, V d, V (&to)[3]) {
 // again by the next tile, or lies in the gap after the last one.
 template <class T, int MR>
 void winograd_delta(const T* delta, int64_t tiles, T* dst, int64_t point_stride) {
-  static_assert(MR <= 8);
+  static_assert(4 <= MR && MR <= 8);
   using V = typename Lanes<T>::Eight;
   const T* const below = delta + 2 * tiles * MR;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -418,7 +418,7 @@ void winograd_x(const T* const* rows, int64_t tiles, T* dst, int64_t point_strid
 template <class T, int MR, int NV>
 void winograd_sum(const T* delta, int64_t delta_stride, const T* x, int64_t x_stride, int64_t tiles, bool adds,
                   T* sums) {
-  for (int point = 0; point < 16; ++point, delta += delta_stride, x += x_stride, sums += MR * NV * kWidth<T>) {
+  for (int64_t point = 0; point < kPoints; ++point, delta += delta_stride, x += x_stride, sums += MR * NV * kWidth<T>) {
     tile_of_sample<T, MR, NV>(delta, Packed<T, NV>{x}, tiles, [=](int64_t i, Vector<T> sum) {
       store<T>(sums + i, adds ? load<T>(sums + i) + sum : sum);
     });

@@ -5,7 +5,9 @@
 // points, by sums and differences; at each point, the products of δ and x are summed over the tiles, as a matrix
 // product; and the 16 sums of a sample make its 3 × 3 gradients, of which |·| is added. That is 16 multiply-adds for
 // every tile, output and channel, where the convolution itself has 36, and all that is read or written between is in a
-// cache. Like the direct sum, the error is some eps of ‖δ‖‖x‖; what is 0 only because products cancel may not be.
+// cache, but for large layers. As of the direct sum, the error is some eps of ‖δ‖‖x‖ of a sample, output and channel:
+// but here of all nine entries alike, so that one that is 0, or small beside the others, may come out as their
+// rounding.
 //
 // Ω is divided among the threads, so nothing is reduced between them and the result does not depend on their number. A
 // thread turns a panel of channels of x for some samples, and runs it against all panels of δ, turned once for all.
@@ -20,13 +22,13 @@
 
 namespace mas_fast::cpu {
 
-constexpr int64_t kPoints = 16;
 constexpr int64_t kTaps = 9;
-// Points of δ of a chunk of samples, or of a band of rows of a large image; a panel of x has half of it per 32
-// channels.
+// Points of δ of a chunk of samples, or of a band of rows of a large image.
 constexpr int64_t kWinogradBytes = 1 << 20;
-// Of a band, however many outputs there are: what is summed so far is read and written once for each.
+// Fewest tiles of a band, however many outputs there are: what is summed so far is read and written once for each.
 constexpr int64_t kLeastTiles = 128;
+// What is summed so far of a sample in several bands: of more outputs than that, some are done after the others.
+constexpr int64_t kPartialBytes = 8 << 20;
 
 template <class T>
 class Winograd {
@@ -46,14 +48,16 @@ class Winograd {
   bool pays() const {
     const Axes ones{1, 1, 1};
     if (g_.kernel != Axes{1, 3, 3} || g_.stride != ones || g_.dilation != ones || g_.padding[0] != 0) return false;
-    // Vector instructions per sample and group, from what the parts were measured to take.
+    // Vector instructions per sample and group, from what the parts were measured to take. Fewer than 32 registers do
+    // not hold what is folded.
     const int64_t MR = kernel_.tile_rows, NV = kernel_.tile_columns / kernel_.lanes;
     const int64_t pairs = output_panels_ * column_panels_, tiles = image_rows_ * row_tiles_;
+    const int64_t fold = kernel_.lanes * int64_t(sizeof(T)) == 64 ? 120 : 250;
     const int64_t turns = 128 * NV * column_panels_ + 16 * MR * output_panels_;
-    const int64_t own = tiles * (kPoints * MR * NV * pairs + turns) + 100 * MR * NV * pairs;
+    const int64_t own = tiles * (kPoints * MR * NV * pairs + turns) + fold * MR * NV * pairs;
     const int64_t direct_panels = output_panels_ * ceil_div(kTaps * group_channels_, kernel_.tile_columns);
     const int64_t direct = MR * NV * direct_panels * (g_.positions() + 6);
-    return 5 * own < 4 * direct;
+    return 4 * own < 3 * direct;
   }
 
   void accumulate(const Deltas& delta, const View& x, int64_t samples, Magnitude magnitude, T* omega) const {
@@ -66,72 +70,97 @@ class Winograd {
     const int64_t chunk = bands > 1 ? 1 : std::clamp<int64_t>(kWinogradBytes / (row_bytes * image_rows_), 1, samples);
     const int64_t tiles = band * row_tiles_;
 
-    const int64_t wanted = kTasksPerThread * int64_t(torch::stable::get_num_threads());
-    const int64_t blocks = std::clamp<int64_t>(ceil_div(wanted, g_.groups * column_panels_), 1, output_panels_);
-    const int64_t tasks = g_.groups * column_panels_ * blocks;
+    // Outputs of a slice, in panels of every group.
+    const int64_t column_bytes = g_.groups * column_panels_ * kPoints * tile * int64_t(sizeof(T));
+    const int64_t slice =
+        bands > 1 ? std::clamp<int64_t>(kPartialBytes / column_bytes, 1, output_panels_) : output_panels_;
 
-    const Scratch<T> points(chunk * panels * points_size(tiles, MR));
-    const Scratch<T> totals(column_panels_ * panels * kTaps * tile);
-    std::fill_n(totals.get(), column_panels_ * panels * kTaps * tile, T(0));
-    // Of a sample in several bands, the sums so far.
-    const Scratch<T> partial(bands > 1 ? column_panels_ * panels * kPoints * tile : 0);
+    const Scratch<T> points(chunk * g_.groups * slice * points_size(tiles, MR));
+    // Of images in one band, the magnitudes of all chunks: Ω itself, whose entries are scattered, is met once. Else the
+    // sums so far of one sample.
+    const Scratch<T> kept((bands > 1 ? kPoints * slice : kTaps * output_panels_) * g_.groups * column_panels_ * tile);
+    if (bands == 1) std::fill_n(kept.get(), kTaps * panels * column_panels_ * tile, T(0));
 
-    for (int64_t first = 0; first < samples; first += chunk) {
-      const int64_t count = std::min(chunk, samples - first);
-      for (int64_t b = 0; b < bands; ++b) {
-        const int64_t row = b * band, rows = std::min(band, image_rows_ - row), own_tiles = rows * row_tiles_;
-        const int64_t delta_size = points_size(own_tiles, MR), x_size = points_size(own_tiles, NR);
-        torch::stable::parallel_for(0, panels * count, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t panel = i / count, n = i % count;
-            turn_delta(delta, first + n, panel, row, rows, points.get() + (panel * count + n) * delta_size);
-          }
-        });
-        torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-          const Scratch<T> turned(count * x_size), sums(kPoints * tile);
-          int64_t held = -1;  // the panel of channels that is turned
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t panel = task / blocks, group = panel / column_panels_, block = task % blocks;
-            if (panel != held) {
-              for (int64_t n = 0; n < count; ++n) {
-                turn_x(x, first + n, group, panel % column_panels_, row, rows, turned.get() + n * x_size);
-              }
-              held = panel;
+    for (int64_t o_first = 0; o_first < output_panels_; o_first += slice) {
+      const int64_t own_panels = std::min(slice, output_panels_ - o_first);
+      const int64_t wanted = kTasksPerThread * int64_t(torch::stable::get_num_threads());
+      const int64_t blocks = std::clamp<int64_t>(ceil_div(wanted, g_.groups * column_panels_), 1, own_panels);
+      const int64_t tasks = g_.groups * column_panels_ * blocks;
+      for (int64_t first = 0; first < samples; first += chunk) {
+        const int64_t count = std::min(chunk, samples - first);
+        for (int64_t b = 0; b < bands; ++b) {
+          const int64_t row = b * band, rows = std::min(band, image_rows_ - row), own_tiles = rows * row_tiles_;
+          const int64_t delta_size = points_size(own_tiles, MR), x_size = points_size(own_tiles, NR);
+          torch::stable::parallel_for(0, g_.groups * own_panels * count, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+              const int64_t n = i % count, group = i / count / own_panels, o = o_first + i / count % own_panels;
+              turn_delta(delta, first + n, group, o, row, rows, points.get() + i * delta_size);
             }
-            for (int64_t o = block * output_panels_ / blocks; o < (block + 1) * output_panels_ / blocks; ++o) {
-              const int64_t place = panel * output_panels_ + o;
-              const T* const deltas = points.get() + (group * output_panels_ + o) * count * delta_size;
-              for (int64_t n = 0; n < count; ++n) {
-                T* const own = bands > 1 ? partial.get() + place * kPoints * tile : sums.get();
-                kernel_.winograd_sum(deltas + n * delta_size, point_stride(own_tiles, MR), turned.get() + n * x_size,
-                                     point_stride(own_tiles, NR), own_tiles, b > 0, own);
-                if (b == bands - 1) kernel_.winograd_fold(own, magnitude, totals.get() + place * kTaps * tile);
+          });
+          torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+            const Scratch<T> turned(count * x_size), sums(kPoints * tile), magnitudes(kTaps * tile);
+            int64_t held = -1;  // the panel of channels that is turned
+            for (int64_t task = begin; task < end; ++task) {
+              const int64_t panel = task / blocks, group = panel / column_panels_, block = task % blocks;
+              const int64_t column = panel % column_panels_;
+              if (panel != held) {
+                for (int64_t n = 0; n < count; ++n) {
+                  turn_x(x, first + n, group, column, row, rows, turned.get() + n * x_size);
+                }
+                held = panel;
+              }
+              for (int64_t o = block * own_panels / blocks; o < (block + 1) * own_panels / blocks; ++o) {
+                const T* const deltas = points.get() + (group * own_panels + o) * count * delta_size;
+                const auto sum = [&](int64_t n, T* to) {
+                  kernel_.winograd_sum(deltas + n * delta_size, point_stride(own_tiles, MR), turned.get() + n * x_size,
+                                       point_stride(own_tiles, NR), own_tiles, b > 0, to);
+                };
+                if (bands == 1) {
+                  T* const into = kept.get() + (panel * output_panels_ + o) * kTaps * tile;
+                  for (int64_t n = 0; n < count; ++n) {
+                    sum(n, sums.get());
+                    kernel_.winograd_fold(sums.get(), magnitude, into);
+                  }
+                } else {
+                  T* const so_far = kept.get() + (panel * slice + o) * kPoints * tile;
+                  sum(0, so_far);
+                  if (b < bands - 1) continue;
+                  std::fill_n(magnitudes.get(), kTaps * tile, T(0));
+                  kernel_.winograd_fold(so_far, magnitude, magnitudes.get());
+                  add(magnitudes.get(), group, o_first + o, column, omega);
+                }
               }
             }
-          }
-        });
+          });
+        }
       }
     }
+    if (bands > 1) return;
     torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) {
-        for (int64_t c = 0; c < column_panels_; ++c) add(totals.get(), panel, c, omega);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t group = i / output_panels_, o = i % output_panels_;
+        for (int64_t column = 0; column < column_panels_; ++column) {
+          const int64_t place = (group * column_panels_ + column) * output_panels_ + o;
+          add(kept.get() + place * kTaps * tile, group, o, column, omega);
+        }
       }
     });
   }
 
  private:
-  // A point's tiles, one after the other, and a gap: else points would stand whole pages apart, and all in one set of
-  // the first-level cache.
+  // A point's tiles, one after the other, and a gap of one more: Kernels::winograd_delta may write into it. Without it,
+  // points would also stand whole pages apart, all in one set of the first-level cache.
   static int64_t point_stride(int64_t tiles, int64_t width) { return (tiles + 1) * width; }
   static int64_t points_size(int64_t tiles, int64_t width) { return kPoints * point_stride(tiles, width); }
 
-  // Entries that Kernels::winograd_delta may read beyond a panel of δ.
+  // Entries that Kernels::winograd_delta may read beyond two rows of δ.
   static constexpr int64_t kSpare = 8;
 
   // The points of some rows of tiles of a panel of δ.
-  void turn_delta(const Deltas& delta, int64_t n, int64_t panel, int64_t row, int64_t rows, T* dst) const {
+  void turn_delta(const Deltas& delta, int64_t n, int64_t group, int64_t panel, int64_t row, int64_t rows,
+                  T* dst) const {
     const int64_t MR = kernel_.tile_rows, W = g_.out[2], width = 2 * row_tiles_;
-    const int64_t first = panel % output_panels_ * MR, output = panel / output_panels_ * group_outputs_ + first;
+    const int64_t first = panel * MR, output = group * group_outputs_ + first;
     const int64_t outputs = std::min(MR, group_outputs_ - first);
     const int64_t size = 2 * width * MR;  // two rows of δ, of even length
     const Scratch<T> packed(size + kSpare);
@@ -188,11 +217,9 @@ class Winograd {
     }
   }
 
-  // Adds what belongs to a panel of outputs and one of channels to Ω.
-  void add(const T* totals, int64_t panel, int64_t columns, T* omega) const {
+  // Adds [tap, o, c] of a panel of outputs and one of channels to Ω.
+  void add(const T* own, int64_t group, int64_t o, int64_t columns, T* omega) const {
     const int64_t MR = kernel_.tile_rows, NR = kernel_.tile_columns, tile = MR * NR;
-    const int64_t group = panel / output_panels_, o = panel % output_panels_;
-    const T* const own = totals + ((group * column_panels_ + columns) * output_panels_ + o) * kTaps * tile;
     const int64_t outputs = std::min(MR, group_outputs_ - o * MR), first = columns * NR;
     for (int64_t m = 0; m < outputs; ++m) {
       T* const row = omega + ((group * group_outputs_ + o * MR + m) * group_channels_ + first) * kTaps;

@@ -348,7 +348,7 @@ def accumulate_conv_(
     """Add Σ_n |∂⟨δ_n, conv(x_n, W)⟩/∂W| to omega; see `reference.accumulate_conv_`.
 
     On the CPU, 3 × 3 with steps of 1 goes by Winograd's minimal filtering where that is faster: with 16 multiply-adds
-    in the place of 36, and errors that are, like those of the sum itself, some eps of ‖δ_n‖ ‖x_n‖ for every entry.
+    in the place of 36, and errors of some eps of ‖δ_n‖ ‖x_n‖ (of one output and channel) for all nine entries alike.
 
     Args:
         omega: [O, I/groups, *kernel] with 1, 2 or 3 kernel axes, float32 or float64, changed in place.
