@@ -356,23 +356,24 @@ void depthwise(const T* delta, int64_t delta_stride, const T* x, const int64_t* 
   }
 }
 
-// F(3, 2) of Winograd, on vectors: of δ₀ δ₁ and x₀ … x₃, the three sums y_k = δ₀ x_k + δ₁ x_{k+1} by four products.
+// F(3, 2) of Winograd, on vectors: of δ₀ δ₁ and x₀ … x₃, the three sums y_k = δ₀ x_k + δ₁ x_{k+1} by four products. By
+// reference: vectors wider than the machine's have no fixed way of being passed.
 template <class V, class T>
-inline void points_of_delta(V a, V b, T half, V (&to)[4]) {
+inline void points_of_delta(const V& a, const V& b, T half, V (&to)[4]) {
   to[0] = a;
   to[1] = half * (a + b);
   to[2] = half * (a - b);
   to[3] = b;
 }
 template <class V>
-inline void points_of_x(V a, V b, V c, V d, V (&to)[4]) {
+inline void points_of_x(const V& a, const V& b, const V& c, const V& d, V (&to)[4]) {
   to[0] = a - c;
   to[1] = b + c;
   to[2] = c - b;
   to[3] = b - d;
 }
 template <class V>
-inline void sums_at_taps(V a, V b, V c, V d, V (&to)[3]) {
+inline void sums_at_taps(const V& a, const V& b, const V& c, const V& d, V (&to)[3]) {
   to[0] = a + (b + c);
   to[1] = b - c;
   to[2] = (b + c) - d;
