@@ -19,22 +19,21 @@ namespace {
 
 // Copies one sample to channels-last inside its zero margin.
 template <class T>
-void copy_padded(const Geometry& g, const View& x, int64_t n, T* dst) {
+void copy_padded(const Geometry& g, const Images& x, int64_t n, T* dst) {
   const Kernels<T>& kernel = kernels_for<T>();
   const int64_t C = g.channels;
-  const auto stride = [&](int axis) { return x.dims - 3 + axis >= 2 ? x.stride[x.dims - 3 + axis] : 0; };
   const bool margin = g.padded != g.in;
   if (margin) std::fill_n(dst, g.padded_positions() * C, T(0));
-  const bool rows_joined = !margin && (g.in[1] == 1 || stride(1) == g.in[2] * stride(2)) &&
-                           (g.in[0] == 1 || stride(0) == g.in[1] * g.in[2] * stride(2));
+  const bool rows_joined = !margin && (g.in[1] == 1 || x.along(1) == g.in[2] * x.along(2)) &&
+                           (g.in[0] == 1 || x.along(0) == g.in[1] * g.in[2] * x.along(2));
   if (rows_joined) {
-    const Matrix src{x.at(n * x.stride[0]), x.stride[1], stride(2)};
+    const Matrix src{x.at(n * x.stride[0]), x.stride[1], x.along(2)};
     kernel.transpose(x.type, src, C, g.padded_positions(), dst, C);
     return;
   }
   for (int64_t d = 0; d < g.in[0]; ++d) {
     for (int64_t h = 0; h < g.in[1]; ++h) {
-      const Matrix src{x.at(n * x.stride[0] + d * stride(0) + h * stride(1)), x.stride[1], stride(2)};
+      const Matrix src{x.at(n * x.stride[0] + d * x.along(0) + h * x.along(1)), x.stride[1], x.along(2)};
       T* row = dst + g.place(d + g.padding[0], h + g.padding[1], g.padding[2]) * C;
       kernel.transpose(x.type, src, C, g.in[2], row, C);
     }
@@ -64,7 +63,7 @@ template <class T>
 void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tensor& x, bool square) {
   const Kernels<T>& kernel = kernels_for<T>();
   const Deltas deltas(delta);
-  const View inputs(x);
+  const Images inputs(x);
   const int64_t C = g.channels, group_channels = C / g.groups, group_outputs = g.outputs / g.groups;
   const int64_t K = g.entries(), columns = K * group_channels;
   // Channels in whole vectors are read where they are; the last vectors of the last panel read once more what counts
@@ -122,7 +121,7 @@ template <class T>
 void run_depthwise(Tensor& omega, const Geometry& g, const Tensor& delta, const Tensor& x, bool square) {
   const Kernels<T>& kernel = kernels_for<T>();
   const Deltas view(delta);
-  const View inputs(x);
+  const Images inputs(x);
   const int64_t C = g.channels, P = g.positions(), K = g.entries(), image = g.padded_positions() * C;
   const std::vector<int64_t> base = position_bases(g), offset = kernel_offsets(g);
   const Scratch<T> images(image), deltas(P * C), totals(K * C), sums(K * C);
@@ -153,7 +152,7 @@ void run_depthwise(Tensor& omega, const Geometry& g, const Tensor& delta, const 
 template <class T>
 void run_winograd(Tensor& omega, const Geometry& g, const Tensor& delta, const Tensor& x, bool square) {
   T* const out = static_cast<T*>(omega.mutable_data_ptr());
-  Winograd<T>(g).accumulate(Deltas(delta), View(x), delta.size(0), magnitude_of_statistic(square), out);
+  Winograd<T>(g).accumulate(Deltas(delta), Images(x), delta.size(0), magnitude_of_statistic(square), out);
 }
 
 void accumulate_conv_(Tensor omega, const Tensor grad_output, const Tensor input, std::vector<int64_t> stride,

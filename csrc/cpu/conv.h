@@ -70,6 +70,14 @@ inline bool positions_joined(const Tensor& t) {
   return true;
 }
 
+// x, whose positions may stand anywhere.
+struct Images : View {
+  explicit Images(const Tensor& t) : View(t) {}
+
+  // From one position to the next along depth, height or width; 0 along one that is not there.
+  int64_t along(int axis) const { return dims - 3 + axis >= 2 ? stride[dims - 3 + axis] : 0; }
+};
+
 // δ whose positions are joined.
 struct Deltas : View {
   explicit Deltas(const Tensor& t) : View(t), position(position_stride(t)) {}

@@ -59,8 +59,8 @@ struct Kernels {
                     const int64_t* offset, int64_t kernel, int64_t channels, T* sums);
 
   // Winograd's points (winograd.h), entry `point` of tile t at dst[point * point_stride + t * width], of a row of
-  // tiles: of δ from two rows of 2·tiles positions, [tile_rows] each; of x from four rows of 2·tiles + 2,
-  // [tile_columns] each.
+  // tiles: of δ from two rows of 2·tiles positions, [tile_rows] each, where up to 4 entries beyond the last may be
+  // read, and written beyond the last tile of a point; of x from four rows of 2·tiles + 2, [tile_columns] each.
   void (*winograd_delta)(const T* delta, int64_t tiles, T* dst, int64_t point_stride);
   void (*winograd_x)(const T* const* rows, int64_t tiles, T* dst, int64_t point_stride);
 

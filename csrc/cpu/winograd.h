@@ -60,7 +60,7 @@ class Winograd {
     return 4 * own < 3 * direct;
   }
 
-  void accumulate(const Deltas& delta, const View& x, int64_t samples, Magnitude magnitude, T* omega) const {
+  void accumulate(const Deltas& delta, const Images& x, int64_t samples, Magnitude magnitude, T* omega) const {
     const int64_t MR = kernel_.tile_rows, NR = kernel_.tile_columns, tile = MR * NR;
     const int64_t panels = g_.groups * output_panels_;  // of δ
     const int64_t row_bytes = kPoints * row_tiles_ * panels * MR * int64_t(sizeof(T));
@@ -183,22 +183,21 @@ class Winograd {
   }
 
   // The points of some rows of tiles of a panel of channels of x.
-  void turn_x(const View& x, int64_t n, int64_t group, int64_t panel, int64_t row, int64_t rows, T* dst) const {
+  void turn_x(const Images& x, int64_t n, int64_t group, int64_t panel, int64_t row, int64_t rows, T* dst) const {
     const int64_t NR = kernel_.tile_columns, W = g_.in[2], row_size = (2 * row_tiles_ + 2) * NR;
     const int64_t first = panel * NR, channels = std::min(NR, group_channels_ - first);
-    const auto stride = [&](int axis) { return x.dims - 3 + axis >= 2 ? x.stride[x.dims - 3 + axis] : 0; };
     // The last four rows of the padded image that were read, row r at r % 4; margins and spare channels stay 0. They
     // come by way of rows without margins, which can be turned together: a short one is no vector.
     const Scratch<T> ring(4 * row_size), dense(4 * W * NR);
     std::fill_n(ring.get(), 4 * row_size, T(0));
     std::fill_n(dense.get(), 4 * W * NR, T(0));
-    const bool rows_joined = stride(1) == W * stride(2);
+    const bool rows_joined = x.along(1) == W * x.along(2);
     const auto read = [&](int64_t depth, int64_t padded_begin, int64_t padded_end) {
       const int64_t begin = std::max(padded_begin - g_.padding[1], int64_t(0));
       const int64_t end = std::min(padded_end - g_.padding[1], g_.in[1]);
-      const int64_t at = n * x.stride[0] + (group * group_channels_ + first) * x.stride[1] + depth * stride(0);
+      const int64_t at = n * x.stride[0] + (group * group_channels_ + first) * x.stride[1] + depth * x.along(0);
       for (int64_t h = begin; h < end; h += rows_joined ? end - begin : 1) {
-        kernel_.transpose(x.type, {x.at(at + h * stride(1)), x.stride[1], stride(2)}, channels,
+        kernel_.transpose(x.type, {x.at(at + h * x.along(1)), x.stride[1], x.along(2)}, channels,
                           rows_joined ? (end - begin) * W : W, dense.get() + (h - begin) * W * NR, NR);
       }
       for (int64_t r = padded_begin; r < padded_end; ++r) {
