@@ -10,6 +10,7 @@ from compare import assert_as_accurate, truth_of
 from test_ops import (
     AFFINE,
     CONV,
+    CONV_LARGE,
     CONV_LAYOUTS,
     EMBEDDING,
     LAYOUTS,
@@ -126,7 +127,7 @@ def test_linear_expanded_data():
 
 @SQUARE
 @DTYPE
-@pytest.mark.parametrize("name", [name for name in CONV if name != "2d_many_positions"])
+@pytest.mark.parametrize("name", CONV if DEVICE == "cpu" else CONV | CONV_LARGE)
 def test_conv(name, dtype, square):
     torch.manual_seed(0)
     omega, delta, x, geometry, positions, n = conv_case(name, dtype)
