@@ -14,6 +14,8 @@ enum class Input { kFloat32, kFloat64, kBFloat16, kFloat16 };  // what data is r
 enum class Magnitude { kPlain, kAbs, kSquare };                // what is added: Σ v, Σ |v| or Σ v²
 
 constexpr int64_t kPoints = 16;  // of Winograd's sums
+// Of a packed panel, what stays in L1 while all that it is multiplied with meets it.
+constexpr int64_t kBlockBytes = 24 << 10;
 
 // A matrix in memory, element (r, c) at data[r * row_stride + c * column_stride] (strides in elements).
 struct Matrix {

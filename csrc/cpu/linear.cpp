@@ -14,8 +14,6 @@
 namespace mas_fast::cpu {
 namespace {
 
-// Of a panel, what stays in L1 while the rows of a task meet it.
-constexpr int64_t kBlockBytes = 24 << 10;
 constexpr int64_t kBlocksPerSlab = 4;
 // Packed slabs of a task: half of the L2 of the smaller machines of today.
 constexpr int64_t kGroupBytes = 256 << 10;

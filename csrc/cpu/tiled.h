@@ -18,8 +18,6 @@ namespace mas_fast::cpu {
 
 // Positions per packed panel: 1024 rows of 32 floats are 128 KiB, a fraction of the L2 of the machines of today.
 constexpr int64_t kChunkRows = 1024;
-// Of a panel, what stays in L1 while all panels of δ meet it.
-constexpr int64_t kBlockBytes = 24 << 10;
 // Packed δ of a chunk, unless a single sample has more.
 constexpr int64_t kChunkBytes = 1 << 20;
 // Tasks per thread, so that uneven ones even out.

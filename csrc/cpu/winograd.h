@@ -48,106 +48,133 @@ class Winograd {
   bool pays() const {
     const Axes ones{1, 1, 1};
     if (g_.kernel != Axes{1, 3, 3} || g_.stride != ones || g_.dilation != ones || g_.padding[0] != 0) return false;
-    // Vector instructions per sample and group, from what the parts were measured to take. Fewer than 32 registers do
-    // not hold what is folded.
+    // Vector instructions per sample and group, from what the parts were measured to take. Fewer than 32 registers hold
+    // neither the 16 points of an entry nor a tile that hides the latency of its operands.
     const int64_t MR = kernel_.tile_rows, NV = kernel_.tile_columns / kernel_.lanes;
     const int64_t pairs = output_panels_ * column_panels_, tiles = image_rows_ * row_tiles_;
-    const int64_t fold = kernel_.lanes * int64_t(sizeof(T)) == 64 ? 120 : 250;
-    const int64_t turns = 128 * NV * column_panels_ + 16 * MR * output_panels_;
-    const int64_t own = tiles * (kPoints * MR * NV * pairs + turns) + fold * MR * NV * pairs;
+    const bool wide = kernel_.lanes * int64_t(sizeof(T)) == 64;
+    const int64_t point = wide ? 16 : 22, turn_delta = wide ? 16 : 32, fold = wide ? 120 : 180;
+    const int64_t turns = 128 * NV * column_panels_ + turn_delta * MR * output_panels_;
+    const int64_t own = tiles * (point * MR * NV * pairs + turns) + fold * MR * NV * pairs;
     const int64_t direct_panels = output_panels_ * ceil_div(kTaps * group_channels_, kernel_.tile_columns);
     const int64_t direct = MR * NV * direct_panels * (g_.positions() + 6);
-    return 4 * own < 3 * direct;
+    return 10 * own < 9 * direct;
   }
 
   void accumulate(const Deltas& delta, const Images& x, int64_t samples, Magnitude magnitude, T* omega) const {
-    const int64_t MR = kernel_.tile_rows, NR = kernel_.tile_columns, tile = MR * NR;
-    const int64_t panels = g_.groups * output_panels_;  // of δ
-    const int64_t row_bytes = kPoints * row_tiles_ * panels * MR * int64_t(sizeof(T));
-    const int64_t least = ceil_div(kLeastTiles, row_tiles_);
-    const int64_t band = std::clamp(std::max(kWinogradBytes / row_bytes, least), int64_t(1), image_rows_);
-    const int64_t bands = ceil_div(image_rows_, band);
-    const int64_t chunk = bands > 1 ? 1 : std::clamp<int64_t>(kWinogradBytes / (row_bytes * image_rows_), 1, samples);
-    const int64_t tiles = band * row_tiles_;
+    const int64_t row_bytes =
+        kPoints * row_tiles_ * g_.groups * output_panels_ * kernel_.tile_rows * int64_t(sizeof(T));
+    const int64_t band = std::max(kWinogradBytes / row_bytes, ceil_div(kLeastTiles, row_tiles_));
+    if (band < image_rows_) return accumulate_bands(delta, x, samples, band, magnitude, omega);
+    const int64_t chunk = std::clamp<int64_t>(kWinogradBytes / (row_bytes * image_rows_), 1, samples);
+    accumulate_chunks(delta, x, samples, chunk, magnitude, omega);
+  }
 
-    // Outputs of a slice, in panels of every group.
-    const int64_t column_bytes = g_.groups * column_panels_ * kPoints * tile * int64_t(sizeof(T));
-    const int64_t slice =
-        bands > 1 ? std::clamp<int64_t>(kPartialBytes / column_bytes, 1, output_panels_) : output_panels_;
+ private:
+  // What is turned at once: rows of tiles of some samples, and panels of outputs of every group.
+  struct Part {
+    int64_t sample, samples, row, rows, panel, panels;
+  };
 
-    const Scratch<T> points(chunk * g_.groups * slice * points_size(tiles, MR));
-    // Of images in one band, the magnitudes of all chunks: Ω itself, whose entries are scattered, is met once. Else the
-    // sums so far of one sample.
-    const Scratch<T> kept((bands > 1 ? kPoints * slice : kTaps * output_panels_) * g_.groups * column_panels_ * tile);
-    if (bands == 1) std::fill_n(kept.get(), kTaps * panels * column_panels_ * tile, T(0));
-
-    for (int64_t o_first = 0; o_first < output_panels_; o_first += slice) {
-      const int64_t own_panels = std::min(slice, output_panels_ - o_first);
-      const int64_t wanted = kTasksPerThread * int64_t(torch::stable::get_num_threads());
-      const int64_t blocks = std::clamp<int64_t>(ceil_div(wanted, g_.groups * column_panels_), 1, own_panels);
-      const int64_t tasks = g_.groups * column_panels_ * blocks;
-      for (int64_t first = 0; first < samples; first += chunk) {
-        const int64_t count = std::min(chunk, samples - first);
-        for (int64_t b = 0; b < bands; ++b) {
-          const int64_t row = b * band, rows = std::min(band, image_rows_ - row), own_tiles = rows * row_tiles_;
-          const int64_t delta_size = points_size(own_tiles, MR), x_size = points_size(own_tiles, NR);
-          torch::stable::parallel_for(0, g_.groups * own_panels * count, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) {
-              const int64_t n = i % count, group = i / count / own_panels, o = o_first + i / count % own_panels;
-              turn_delta(delta, first + n, group, o, row, rows, points.get() + i * delta_size);
-            }
-          });
-          torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-            const Scratch<T> turned(count * x_size), sums(kPoints * tile), magnitudes(kTaps * tile);
-            int64_t held = -1;  // the panel of channels that is turned
-            for (int64_t task = begin; task < end; ++task) {
-              const int64_t panel = task / blocks, group = panel / column_panels_, block = task % blocks;
-              const int64_t column = panel % column_panels_;
-              if (panel != held) {
-                for (int64_t n = 0; n < count; ++n) {
-                  turn_x(x, first + n, group, column, row, rows, turned.get() + n * x_size);
-                }
-                held = panel;
-              }
-              for (int64_t o = block * own_panels / blocks; o < (block + 1) * own_panels / blocks; ++o) {
-                const T* const deltas = points.get() + (group * own_panels + o) * count * delta_size;
-                const auto sum = [&](int64_t n, T* to) {
-                  kernel_.winograd_sum(deltas + n * delta_size, point_stride(own_tiles, MR), turned.get() + n * x_size,
-                                       point_stride(own_tiles, NR), own_tiles, b > 0, to);
-                };
-                if (bands == 1) {
-                  T* const into = kept.get() + (panel * output_panels_ + o) * kTaps * tile;
-                  for (int64_t n = 0; n < count; ++n) {
-                    sum(n, sums.get());
-                    kernel_.winograd_fold(sums.get(), magnitude, into);
-                  }
-                } else {
-                  T* const so_far = kept.get() + (panel * slice + o) * kPoints * tile;
-                  sum(0, so_far);
-                  if (b < bands - 1) continue;
-                  std::fill_n(magnitudes.get(), kTaps * tile, T(0));
-                  kernel_.winograd_fold(so_far, magnitude, magnitudes.get());
-                  add(magnitudes.get(), group, o_first + o, column, omega);
-                }
-              }
-            }
-          });
+  // Of images in one band, some samples at a time. The magnitudes of all chunks are kept: Ω itself, whose entries are
+  // scattered, is met once.
+  void accumulate_chunks(const Deltas& delta, const Images& x, int64_t samples, int64_t chunk, Magnitude magnitude,
+                         T* omega) const {
+    const int64_t size = kTaps * kernel_.tile_rows * kernel_.tile_columns, panels = g_.groups * output_panels_;
+    const Scratch<T> points(chunk * panels * points_size(image_rows_ * row_tiles_, kernel_.tile_rows));
+    const Scratch<T> kept(panels * column_panels_ * size);
+    std::fill_n(kept.get(), panels * column_panels_ * size, T(0));
+    for (int64_t first = 0; first < samples; first += chunk) {
+      const Part part{first, std::min(chunk, samples - first), 0, image_rows_, 0, output_panels_};
+      turn_deltas(delta, part, points.get());
+      for_pairs(x, part, points.get(), [&](int64_t columns, int64_t o, const auto& sum, T* sums) {
+        for (int64_t n = 0; n < part.samples; ++n) {
+          sum(n, sums);
+          kernel_.winograd_fold(sums, magnitude, kept.get() + (columns * output_panels_ + o) * size);
         }
-      }
+      });
     }
-    if (bands > 1) return;
     torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t group = i / output_panels_, o = i % output_panels_;
-        for (int64_t column = 0; column < column_panels_; ++column) {
-          const int64_t place = (group * column_panels_ + column) * output_panels_ + o;
-          add(kept.get() + place * kTaps * tile, group, o, column, omega);
+        for (int64_t c = 0; c < column_panels_; ++c) {
+          const int64_t columns = i / output_panels_ * column_panels_ + c, o = i % output_panels_;
+          add(kept.get() + (columns * output_panels_ + o) * size, columns, o, omega);
         }
       }
     });
   }
 
- private:
+  // Of images in several bands, one sample at a time, whose sums so far are kept: of a slice of the outputs.
+  void accumulate_bands(const Deltas& delta, const Images& x, int64_t samples, int64_t band, Magnitude magnitude,
+                        T* omega) const {
+    const int64_t tile = kernel_.tile_rows * kernel_.tile_columns;
+    const int64_t panel_bytes = g_.groups * column_panels_ * kPoints * tile * int64_t(sizeof(T));
+    const int64_t slice = std::clamp<int64_t>(kPartialBytes / panel_bytes, 1, output_panels_);
+    const Scratch<T> points(g_.groups * slice * points_size(band * row_tiles_, kernel_.tile_rows));
+    const Scratch<T> kept(g_.groups * column_panels_ * slice * kPoints * tile);
+    const auto run = [&](const Part& part) {
+      turn_deltas(delta, part, points.get());
+      for_pairs(x, part, points.get(), [&](int64_t columns, int64_t o, const auto& sum, T* magnitudes) {
+        T* const so_far = kept.get() + (columns * slice + o) * kPoints * tile;
+        sum(0, so_far);
+        if (part.row + part.rows < image_rows_) return;
+        std::fill_n(magnitudes, kTaps * tile, T(0));
+        kernel_.winograd_fold(so_far, magnitude, magnitudes);
+        add(magnitudes, columns, part.panel + o, omega);
+      });
+    };
+    for (int64_t panel = 0; panel < output_panels_; panel += slice) {
+      for (int64_t n = 0; n < samples; ++n) {
+        for (int64_t row = 0; row < image_rows_; row += band) {
+          run({n, 1, row, std::min(band, image_rows_ - row), panel, std::min(slice, output_panels_ - panel)});
+        }
+      }
+    }
+  }
+
+  // The points of all δ of a part, as [group, panel, sample, point, tile].
+  void turn_deltas(const Deltas& delta, const Part& part, T* points) const {
+    const int64_t size = points_size(part.rows * row_tiles_, kernel_.tile_rows);
+    torch::stable::parallel_for(0, g_.groups * part.panels * part.samples, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = part.sample + i % part.samples, panel = i / part.samples;
+        turn_delta(delta, n, panel / part.panels, part.panel + panel % part.panels, part.row, part.rows,
+                   points + i * size);
+      }
+    });
+  }
+
+  // Calls then(columns, o, sum, scratch) for every panel of channels, of all groups, with every panel of outputs of its
+  // group in the part: sum(n, to) makes the 16 sums of sample n, beginning from those in `to` below the first row. The
+  // scratch, of 16 sums, is the thread's.
+  template <class Then>
+  void for_pairs(const Images& x, const Part& part, const T* points, const Then& then) const {
+    const int64_t MR = kernel_.tile_rows, NR = kernel_.tile_columns, tiles = part.rows * row_tiles_;
+    const int64_t delta_size = points_size(tiles, MR), x_size = points_size(tiles, NR);
+    const int64_t all_columns = g_.groups * column_panels_;
+    const int64_t wanted = kTasksPerThread * int64_t(torch::stable::get_num_threads());
+    const int64_t blocks = std::clamp<int64_t>(ceil_div(wanted, all_columns), 1, part.panels);
+    torch::stable::parallel_for(0, all_columns * blocks, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<T> turned(part.samples * x_size), scratch(kPoints * MR * NR);
+      int64_t held = -1;  // the panel of channels that is turned
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t columns = task / blocks, group = columns / column_panels_, block = task % blocks;
+        for (int64_t n = 0; columns != held && n < part.samples; ++n) {
+          turn_x(x, part.sample + n, group, columns % column_panels_, part.row, part.rows, turned.get() + n * x_size);
+        }
+        held = columns;
+        for (int64_t o = block * part.panels / blocks; o < (block + 1) * part.panels / blocks; ++o) {
+          const T* const deltas = points + (group * part.panels + o) * part.samples * delta_size;
+          const auto sum = [&](int64_t n, T* to) {
+            kernel_.winograd_sum(deltas + n * delta_size, point_stride(tiles, MR), turned.get() + n * x_size,
+                                 point_stride(tiles, NR), tiles, part.row > 0, to);
+          };
+          then(columns, o, sum, scratch.get());
+        }
+      }
+    });
+  }
+
   // A point's tiles, one after the other, and a gap of one more: Kernels::winograd_delta may write into it. Without it,
   // points would also stand whole pages apart, all in one set of the first-level cache.
   static int64_t point_stride(int64_t tiles, int64_t width) { return (tiles + 1) * width; }
@@ -216,12 +243,12 @@ class Winograd {
     }
   }
 
-  // Adds [tap, o, c] of a panel of outputs and one of channels to Ω.
-  void add(const T* own, int64_t group, int64_t o, int64_t columns, T* omega) const {
+  // Adds [tap, o, c] of a panel of outputs and one of channels, counted through all groups, to Ω.
+  void add(const T* own, int64_t columns, int64_t o, T* omega) const {
     const int64_t MR = kernel_.tile_rows, NR = kernel_.tile_columns, tile = MR * NR;
-    const int64_t outputs = std::min(MR, group_outputs_ - o * MR), first = columns * NR;
-    for (int64_t m = 0; m < outputs; ++m) {
-      T* const row = omega + ((group * group_outputs_ + o * MR + m) * group_channels_ + first) * kTaps;
+    const int64_t output = columns / column_panels_ * group_outputs_ + o * MR, first = columns % column_panels_ * NR;
+    for (int64_t m = 0; m < std::min(MR, group_outputs_ - o * MR); ++m) {
+      T* const row = omega + ((output + m) * group_channels_ + first) * kTaps;
       for (int64_t c = 0; c < std::min(NR, group_channels_ - first); ++c) {
         for (int64_t k = 0; k < kTaps; ++k) row[c * kTaps + k] += own[k * tile + m * NR + c];
       }
