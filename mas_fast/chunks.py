@@ -5,7 +5,6 @@ samples it gives the same Ω, and what a call leaves is still at hand when its b
 model spend their time between the calls: joined they give the same Ω, too.
 """
 
-import math
 import operator
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
@@ -21,7 +20,7 @@ from mas_fast.errors import CaptureError
 from mas_fast.reference import default_forward, output_tensor
 
 # What a forward keeps for its backward is so large, on average, in a chunk: the fixed cost of a call is lost in it.
-_BYTES_A_TENSOR = 2 << 20
+_BYTES_A_TENSOR = 3 << 19
 # The same where a recurrent layer is, whose steps are calls of their own.
 _BYTES_A_TENSOR_OF_STEPS = 4 << 20
 # What the forward of joined batches keeps for its backward, at most: they shall not be felt in memory.
@@ -165,15 +164,13 @@ class Chunks:
         growth = self._growth_of(batch)
         if not growth:
             return [batch]
-        # The nearest power of two.
         wanted = max(self._bytes_a_tensor * len(growth), _TIMES_THE_WEIGHTS * self._weights)
-        size = int(2 ** max(1, round(math.log2(wanted / sum(growth))))) if wanted else 2
-        if rows < 2 * size:
+        size = max(2, round(wanted / sum(growth)))
+        # In even parts: a call for what is left over would cost as much for less.
+        count = rows // size
+        if count < 2:
             return [batch]
-        # What is left over goes with the last chunk if it is no more than half of one.
-        count = rows // size + (rows % size > size // 2)
-        edges = [size * index for index in range(count)] + [rows]
-        return [rows_of(batch, start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+        return [rows_of(batch, i * rows // count, (i + 1) * rows // count) for i in range(count)]
 
     def _growth_of(self, batch: Any) -> list[int]:
         """Return the bytes that a sample adds to each tensor that a forward keeps.

@@ -112,12 +112,12 @@ def test_auto_never_leaves_a_sample_by_itself(rows, expected, pairs):
     assert model.rows[-len(expected) :] == expected
 
 
-def test_a_rest_of_more_than_half_a_chunk_is_one(monkeypatch):
+def test_what_is_left_over_is_shared_out(monkeypatch):
     monkeypatch.setattr(chunks, "_TIMES_THE_WEIGHTS", 0)
     # The inputs, the tanh and the outputs of each sample: 96 bytes in three tensors, each to hold 256 in a chunk.
     monkeypatch.setattr(chunks, "_BYTES_A_TENSOR", 256)
     model = Seen()
-    for rows, expected in ((16, [8, 8]), (20, [8, 12]), (21, [8, 8, 5]), (15, [15])):
+    for rows, expected in ((16, [8, 8]), (20, [10, 10]), (23, [11, 12]), (26, [8, 9, 9]), (15, [15])):
         # The first of its size may run twice.
         estimate_importance(model, [batch(rows), batch(rows)])
         assert model.rows[-len(expected) :] == expected
