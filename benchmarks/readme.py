@@ -18,7 +18,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MACHINE = "amd-epyc-avx512-2-threads"  # whose files README quotes
 # Whose passes it quotes beside them.
-OTHER_MACHINES = ("intel-r-xeon-r-processor-avx512-2-threads", "amd-epyc-avx2-2-threads")
+OTHER_MACHINES = (
+    "amd-epyc-family-25-model-17-avx512-2-threads",
+    "intel-r-xeon-r-processor-avx512-2-threads",
+    "amd-epyc-avx2-2-threads",
+)
 BLOCK = re.compile(r"(<!-- numbers: .*? -->\n).*?(<!-- /numbers -->)", re.DOTALL)
 TITLES = {
     "mlp": "MLP 784-400-400-10, N = 256",

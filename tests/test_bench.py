@@ -10,7 +10,7 @@ import torch
 # Last, so that mas_fast is the installed one.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import cases, compare, growth, measure, memory, methods, plot, readme, run  # noqa: E402
+from benchmarks import cases, compare, growth, measure, memory, methods, plot, provenance, readme, run  # noqa: E402
 from benchmarks.cases import CASES, CURVES, find_case  # noqa: E402
 
 
@@ -64,6 +64,20 @@ def test_of_two_machines_the_same_is_compared_or_the_latest(tmp_path, capsys):
         assert compare.main([str(before), str(after)]) == code
         said = capsys.readouterr().out
         assert f"{then} →     2.00" in said and f"→ passes-{name}-2-threads.json" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("AMD EPYC", "AMD EPYC, family 25 model 17"),
+        ("AMD EPYC 9354P 32-Core Processor", "AMD EPYC 9354P 32-Core Processor"),
+    ],
+)
+def test_a_processor_that_hides_its_model_goes_by_what_it_reports(monkeypatch, name, expected):
+    monkeypatch.setattr(provenance, "cpuinfo", {"model name": name, "cpu family": "25", "model": "17"}.get)
+    assert provenance.cpu_model() == expected
+    monkeypatch.setattr(provenance, "cpuinfo", {"model name": name}.get)
+    assert provenance.cpu_model() == name
 
 
 @pytest.mark.parametrize("tolerance", ["nan", "-0.1"])
