@@ -53,7 +53,7 @@ def cpu_model() -> str:
     name = cpuinfo("model name")
     if name is not None:
         family, model = cpuinfo("cpu family"), cpuinfo("model")
-        hidden = family and model and not re.search(r"\d", name)
+        hidden = family and model and not re.search(r"\d", name.partition("@")[0])
         return f"{name}, family {family} model {model}" if hidden else name
     if platform.system() == "Darwin":
         return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()

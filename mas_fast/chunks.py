@@ -165,9 +165,7 @@ class Chunks:
         if not growth:
             return [batch]
         wanted = max(self._bytes_a_tensor * len(growth), _TIMES_THE_WEIGHTS * self._weights)
-        size = max(2, round(wanted / sum(growth)))
-        # In even parts: a call for what is left over would cost as much for less.
-        count = rows // size
+        count = _count_parts(rows, max(2, round(wanted / sum(growth))))
         if count < 2:
             return [batch]
         return [rows_of(batch, i * rows // count, (i + 1) * rows // count) for i in range(count)]
@@ -212,6 +210,17 @@ class Chunks:
                     raise
                 return None
         return [storage.nbytes() for storage in kept.values()], _rows_returned(output)
+
+
+def _count_parts(rows: int, size: int) -> int:
+    """Return into how many parts to cut `rows`: of about `size` each, at least two, and even but for one row.
+
+    A number that divides the rows is taken if parts are within a quarter of `size`: the layout is proven for each length
+    of a part anew, which takes about as long as a part.
+    """
+    about = min(round(rows / size), rows // 2)
+    near = range(-(-4 * rows // (5 * size)), min(4 * rows // (3 * size), rows // 2) + 1)
+    return min((count for count in near if rows % count == 0), key=lambda count: abs(count - about), default=about)
 
 
 def _rows_returned(output: Any) -> int:

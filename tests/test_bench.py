@@ -70,6 +70,7 @@ def test_of_two_machines_the_same_is_compared_or_the_latest(tmp_path, capsys):
     ("name", "expected"),
     [
         ("AMD EPYC", "AMD EPYC, family 25 model 17"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "Intel(R) Xeon(R) CPU @ 2.20GHz, family 25 model 17"),
         ("AMD EPYC 9354P 32-Core Processor", "AMD EPYC 9354P 32-Core Processor"),
     ],
 )

@@ -114,13 +114,33 @@ def test_auto_never_leaves_a_sample_by_itself(rows, expected, pairs):
 
 def test_what_is_left_over_is_shared_out(monkeypatch):
     monkeypatch.setattr(chunks, "_TIMES_THE_WEIGHTS", 0)
-    # The inputs, the tanh and the outputs of each sample: 96 bytes in three tensors, each to hold 256 in a chunk.
+    # The tanh of each sample: 32 bytes in one tensor, which is to hold 256 in a chunk.
     monkeypatch.setattr(chunks, "_BYTES_A_TENSOR", 256)
     model = Seen()
-    for rows, expected in ((16, [8, 8]), (20, [10, 10]), (23, [11, 12]), (26, [8, 9, 9]), (15, [15])):
+    for rows, expected in ((16, [8, 8]), (20, [10, 10]), (23, [7, 8, 8]), (26, [8, 9, 9]), (13, [6, 7]), (11, [11])):
         # The first of its size may run twice.
         estimate_importance(model, [batch(rows), batch(rows)])
         assert model.rows[-len(expected) :] == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "expected"),
+    [
+        (64, 39, 2),
+        (64, 43, 1),
+        (256, 28, 8),
+        (256, 12, 21),
+        (128, 42, 4),
+        (48, 40, 1),
+        (7, 2, 3),
+        (11, 2, 5),
+        (4, 2, 2),
+        (10**6 + 3, 2, 500001),
+        (4, 10**9, 0),
+    ],
+)
+def test_parts_are_near_the_size_and_of_one_length_where_they_can_be(rows, size, expected):
+    assert chunks._count_parts(rows, size) == expected
 
 
 def test_small_batches_run_whole():
@@ -146,10 +166,11 @@ def test_weights_and_masks_do_not_count():
 
 def test_large_weights_make_large_chunks():
     """Each chunk reads and writes all of Ω: the activations of one must outweigh the weights."""
-    model = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 2048))
-    (size,) = {len(part) for part in chunks.Chunks(model, "auto", is_default=True).cut(torch.randn(16384, 2048))}
-    kept = 3 * 2048 * 4 * size
-    assert kept >= chunks._TIMES_THE_WEIGHTS * sum(p.nbytes for p in model.parameters()) / 2
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024))
+    parts = chunks.Chunks(model, "auto", is_default=True).cut(torch.zeros(32768, 1024))
+    # The ReLU's outputs are all that grows.
+    wanted = chunks._TIMES_THE_WEIGHTS * sum(p.nbytes for p in model.parameters())
+    assert len(parts) > 1 and all(0.75 * wanted <= 1024 * 4 * len(part) <= 1.25 * wanted for part in parts)
 
 
 def test_measuring_lets_go_of_what_the_forward_kept():

@@ -48,8 +48,8 @@ class Winograd {
   bool pays() const {
     const Axes ones{1, 1, 1};
     if (g_.kernel != Axes{1, 3, 3} || g_.stride != ones || g_.dilation != ones || g_.padding[0] != 0) return false;
-    // Vector instructions per sample and group, from what the parts were measured to take. Fewer than 32 registers hold
-    // neither the 16 points of an entry nor a tile that hides the latency of its operands.
+    // Vector instructions per sample and group, from what the parts were measured to take. Narrower vectors
+    // come with 16 registers on x86, which hold neither the 16 points of an entry nor a tile that hides latencies.
     const int64_t MR = kernel_.tile_rows, NV = kernel_.tile_columns / kernel_.lanes;
     const int64_t pairs = output_panels_ * column_panels_, tiles = image_rows_ * row_tiles_;
     const bool wide = kernel_.lanes * int64_t(sizeof(T)) == 64;
