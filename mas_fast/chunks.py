@@ -5,6 +5,7 @@ samples it gives the same Ω, and what a call leaves is still at hand when its b
 model spend their time between the calls: joined they give the same Ω, too.
 """
 
+import math
 import operator
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
@@ -215,11 +216,12 @@ class Chunks:
 def _count_parts(rows: int, size: int) -> int:
     """Return into how many parts to cut `rows`: of about `size` each, at least two, and even but for one row.
 
-    A number that divides the rows is taken if parts are within a quarter of `size`: the layout is proven for each length
-    of a part anew, which takes about as long as a part.
+    The layout is proven for each length of a part anew, which takes about as long as a part. So a number that divides
+    the rows is taken if it is near: the nearer, the more parts there are, among which another proof is lost.
     """
     about = min(round(rows / size), rows // 2)
-    near = range(-(-4 * rows // (5 * size)), min(4 * rows // (3 * size), rows // 2) + 1)
+    fewer, more = (3 * rows / (4 * size), 4 * rows / (3 * size)) if about < 8 else (0.8 * about, 1.25 * about)
+    near = range(math.ceil(fewer), min(math.floor(more), rows // 2) + 1)
     return min((count for count in near if rows % count == 0), key=lambda count: abs(count - about), default=about)
 
 
