@@ -371,8 +371,9 @@ def numbers(
         "",
         batch_mode_line(rows),
         "",
-        "On other processors, with the code of that day; without AVX-512, with chunks of the peers that were chosen "
-        "less carefully ([how](benchmarks/README.md#what-a-row-means)):",
+        "On other processors, with the code of that day (the one above is a Zen 5, family 25 model 17 a Zen 4); "
+        "without AVX-512, with chunks of the peers that were chosen less carefully "
+        "([how](benchmarks/README.md#what-a-row-means)):",
         "",
         *[line for other in others for line in (*other_machine_table(other), "")],
         *steps_table(steps),
