@@ -13,11 +13,14 @@ from pathlib import Path
 
 from benchmarks import compare, growth, run, steps
 
-SMALL_CASES = ("mlp", "conv_net", "transformer", "lstm")
+# Case -> rounds: of short passes more, for their cost differs more from one to the next.
+SMALL_CASES = {"mlp": 9, "conv_net": 5, "transformer": 3, "lstm": 9}
 # Without Opacus and BackPACK, which are the fastest peer in no case.
 SMALL_METHODS = ("mas_fast", "loop", "vmap")
 SMALL_CURVES = {"mlp-N": (16, 1024), "language_model-T": (512,)}
 SMALL_GROWTH_METHODS = ("mas_fast",)
+# What compiles for more than a minute.
+NOT_SMALL_STEPS = "foreach, compiled"
 
 
 def measure(out: Path, small: bool) -> int:
@@ -25,13 +28,16 @@ def measure(out: Path, small: bool) -> int:
     common = ["--out", str(out)]
     if not small:
         return max(run.main(common), growth.main(common), steps.main([*common, "--rounds", "25"]))
-    options = ["--cases", *SMALL_CASES, "--methods", *SMALL_METHODS, "--batches", "0", "--rounds", "3", "--no-memory"]
-    failed = run.main([*common, *options])
+    failed = 0
+    for case, rounds in SMALL_CASES.items():
+        options = ["--cases", case, "--methods", *SMALL_METHODS, "--batches", "0", "--rounds", str(rounds)]
+        failed |= run.main([*common, *options, "--no-memory"])
     for curve, values in SMALL_CURVES.items():
         points = [str(value) for value in values]
         options = ["--curves", curve, "--values", *points, "--methods", *SMALL_GROWTH_METHODS, "--rounds", "3"]
         failed |= growth.main([*common, *options])
-    return failed | steps.main([*common, "--rounds", "3"])
+    names = {name for methods in steps.OPERATIONS.values() for name in methods} - {NOT_SMALL_STEPS}
+    return failed | steps.main([*common, "--methods", *sorted(names), "--rounds", "9"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -63,15 +63,24 @@ class Case:
     decided: bool = True
     joined_mib: float = 0.0
 
-    def build(self, num_batches: int, dtype: torch.dtype = torch.float32) -> Workload:
-        """Build the workload; the same arguments give the same model and the same data."""
+    def build(
+        self, num_batches: int, dtype: torch.dtype = torch.float32, batches: list[Tensor] | None = None
+    ) -> Workload:
+        """Build the workload; the same arguments give the same model and the same data.
+
+        Args:
+            num_batches: How many to draw.
+            dtype: Of the model and of its floating-point data.
+            batches: Those that a call like this has drawn before: to find decided samples takes seconds.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self.build_model()
         generator = torch.Generator().manual_seed(1)
         settle_batch_norm(model, self.draw_batch(self.batch_size, generator))
         model = model.to(dtype).eval()
-        batches = [self._draw(model, generator, dtype) for _ in range(num_batches)]
+        if batches is None:
+            batches = [self._draw(model, generator, dtype) for _ in range(num_batches)]
         return Workload(model, batches, decided=self.decided)
 
     def _draw(self, model: nn.Module, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

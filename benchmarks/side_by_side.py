@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.cases import Workload, find_case
 from benchmarks.measure import Contender, describe_failure, prepare, true_importance, unit_workload
@@ -50,9 +51,9 @@ class Setting:
     rounds: int = 15
     limit_gib: float | None = None
 
-    def build(self) -> Workload:
-        """Build the workload."""
-        return find_case(self.case).build(self.num_batches, getattr(torch, self.dtype))
+    def build(self, batches: list[Tensor] | None = None) -> Workload:
+        """Build the workload, of given batches if they have been drawn."""
+        return find_case(self.case).build(self.num_batches, getattr(torch, self.dtype), batches)
 
     @property
     def tolerance(self) -> float:
@@ -112,7 +113,8 @@ def _ask(lane: Lane, name: str, what: Any, *arguments: Any) -> dict[str, Any]:
 
 
 def _write_truth(setting: Setting, path: Path) -> None:
-    torch.save(dict(true_importance(setting.build())), path)
+    workload = setting.build()
+    torch.save((dict(true_importance(workload)), workload.batches), path)
 
 
 # Of a lane's process: what it times, and the unit.
@@ -120,8 +122,8 @@ _OWN: list[Contender] = []
 
 
 def _prepare_here(setting: Setting, name: str, truth_path: Path) -> dict[str, Any]:
-    workload = setting.build()
-    truth = torch.load(truth_path)
+    truth, batches = torch.load(truth_path)
+    workload = setting.build(batches)
     if setting.limit_gib is not None:
         limit_memory(setting.limit_gib)
     contender = prepare(name, workload, truth, setting.tolerance, SLOWEST_S)

@@ -223,12 +223,15 @@ def measure(operation: str, case: str, methods: Sequence[str], rounds: int) -> l
         bar = every[name].tolerance if error is not None else None
         failure = None if error is None or error <= bar else f"error {error:.1e} is above {bar:.0e}"
         rows[name] = {"error": error, "error_bar": bar, "failure": failure, "ratio_bar": every[name].bar}
+    # What is here now stays: to look through it, compiled code above all, would take a second before each timing.
+    gc.freeze()
     times: dict[str, list[float]] = {name: [] for name in names if rows[name]["failure"] is None}
     repeats = {name: repeats_of(runs[name]) for name in times}
     order = random.Random(0)
     for _ in range(rounds):
         for name in order.sample(list(times), len(times)):
             times[name].append(time_ms(runs[name], repeats[name]))
+    gc.unfreeze()
     shared = {"case": case, "device": "cpu", "dtype": "float32", "num_batches": 1, "operation": operation}
     shared["entries"] = sum(math.prod(shape) for shape in CASES[case])
     for name, row in rows.items():
