@@ -10,8 +10,8 @@ from compare import assert_as_accurate, truth_of
 from test_ops import (
     AFFINE,
     CONV,
-    CONV_LARGE,
     CONV_LAYOUTS,
+    CONV_SMALL,
     EMBEDDING,
     LAYOUTS,
     LINEAR,
@@ -127,7 +127,7 @@ def test_linear_expanded_data():
 
 @SQUARE
 @DTYPE
-@pytest.mark.parametrize("name", CONV if DEVICE == "cpu" else CONV | CONV_LARGE)
+@pytest.mark.parametrize("name", CONV_SMALL if DEVICE == "cpu" else CONV)
 def test_conv(name, dtype, square):
     torch.manual_seed(0)
     omega, delta, x, geometry, positions, n = conv_case(name, dtype)

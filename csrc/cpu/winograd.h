@@ -159,10 +159,12 @@ class Winograd {
       int64_t held = -1;  // the panel of channels that is turned
       for (int64_t task = begin; task < end; ++task) {
         const int64_t columns = task / blocks, group = columns / column_panels_, block = task % blocks;
-        for (int64_t n = 0; columns != held && n < part.samples; ++n) {
-          turn_x(x, part.sample + n, group, columns % column_panels_, part.row, part.rows, turned.get() + n * x_size);
+        if (columns != held) {
+          for (int64_t n = 0; n < part.samples; ++n) {
+            turn_x(x, part.sample + n, group, columns % column_panels_, part.row, part.rows, turned.get() + n * x_size);
+          }
+          held = columns;
         }
-        held = columns;
         for (int64_t o = block * part.panels / blocks; o < (block + 1) * part.panels / blocks; ++o) {
           const T* const deltas = points + (group * part.panels + o) * part.samples * delta_size;
           const auto sum = [&](int64_t n, T* to) {
