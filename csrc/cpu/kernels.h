@@ -78,9 +78,10 @@ struct Kernels {
   void (*affine)(Input type, Volume delta, Volume x, Volume mean, Volume rstd, int64_t R, int64_t S, int64_t k_begin,
                  int64_t k_end, Magnitude magnitude, T* weight, T* bias);
 
-  // out[r, c] += Σ_k a[r, k] w[k, c] for rows r; w [K, C] is packed in panels of tile_columns, [K, tile_columns] each,
-  // zero beyond the edge; rows of a and out are a_stride and out_stride apart.
-  void (*multiply)(const T* a, int64_t a_stride, const T* w, int64_t rows, int64_t K, int64_t C, T* out,
+  // out[r, c] = start[c] + Σ_k a[r, k] w[k, c] for rows r, or out[r, c] += the sum if start is null; w [K, C] is packed
+  // in panels of tile_columns, [K, tile_columns] each, zero beyond the edge; rows of a and out are a_stride and
+  // out_stride apart.
+  void (*multiply)(const T* a, int64_t a_stride, const T* w, int64_t rows, int64_t K, int64_t C, const T* start, T* out,
                    int64_t out_stride);
 
   // One sample's step through an LSTM of H cells, z = gates + recurrent of i, f, g, o: next = σ(f) ⊙ c + σ(i) ⊙

@@ -598,10 +598,12 @@ void gather(Input type, Matrix rows, const int64_t* index, int64_t count, int64_
   });
 }
 
-// R rows of a panel of out += a w. Every entry adds up k in the same order, however rows are shared out, and then the
-// sum to what was there: over many blocks of k that loses less than one long sum.
+// R rows of a panel: the sum over k is added to `start`, one row for all, or to what is in out if that is null. Every
+// entry adds up k in the same order, however rows are shared out, and then the sum to what was there: over many blocks
+// of k that loses less than one long sum.
 template <class T, int R, int NV>
-inline void multiply_panel(const T* a, int64_t a_stride, const T* w, int64_t K, T* out, int64_t out_stride) {
+inline void multiply_panel(const T* a, int64_t a_stride, const T* w, int64_t K, const T* start, T* out,
+                           int64_t out_stride) {
   constexpr int64_t W = kWidth<T>;
   Vector<T> sum[R][NV] = {};
   for (int64_t k = 0; k < K; ++k, w += NV * W) {
@@ -611,39 +613,43 @@ inline void multiply_panel(const T* a, int64_t a_stride, const T* w, int64_t K, 
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < NV; ++v) sum[r][v] += broadcast<T>(a[r * a_stride + k]) * columns[v];
   }
+  const int64_t start_stride = start ? 0 : out_stride;
+  const T* const from = start ? start : out;
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < NV; ++v) {
-      T* const to = out + r * out_stride + v * W;
-      store<T>(to, load<T>(to) + sum[r][v]);
+      store<T>(out + r * out_stride + v * W, load<T>(from + r * start_stride + v * W) + sum[r][v]);
     }
   }
 }
 
 // The same for `rows` ≤ R rows and all panels.
 template <class T, int R, int NV>
-void multiply_rows(const T* a, int64_t a_stride, const T* w, int64_t rows, int64_t K, int64_t C, T* out,
+void multiply_rows(const T* a, int64_t a_stride, const T* w, int64_t rows, int64_t K, int64_t C, const T* start, T* out,
                    int64_t out_stride) {
   if constexpr (R > 1) {
-    if (rows < R) return multiply_rows<T, R - 1, NV>(a, a_stride, w, rows, K, C, out, out_stride);
+    if (rows < R) return multiply_rows<T, R - 1, NV>(a, a_stride, w, rows, K, C, start, out, out_stride);
   }
   constexpr int64_t width = NV * kWidth<T>;
   int64_t c = 0;
-  for (; c + width <= C; c += width, w += K * width) multiply_panel<T, R, NV>(a, a_stride, w, K, out + c, out_stride);
+  for (; c + width <= C; c += width, w += K * width) {
+    multiply_panel<T, R, NV>(a, a_stride, w, K, start ? start + c : nullptr, out + c, out_stride);
+  }
   if (c == C) return;
   T edge[R * width] = {};
-  for (int r = 0; r < R; ++r) std::memcpy(edge + r * width, out + r * out_stride + c, (C - c) * sizeof(T));
-  multiply_panel<T, R, NV>(a, a_stride, w, K, edge, width);
+  for (int r = 0; r < R; ++r)
+    std::memcpy(edge + r * width, start ? start + c : out + r * out_stride + c, (C - c) * sizeof(T));
+  multiply_panel<T, R, NV>(a, a_stride, w, K, nullptr, edge, width);
   for (int r = 0; r < R; ++r) std::memcpy(out + r * out_stride + c, edge + r * width, (C - c) * sizeof(T));
 }
 
 // Rows are shared out evenly: a few left over would keep the multipliers waiting.
 template <class T, int MR, int NV>
-void multiply(const T* a, int64_t a_stride, const T* w, int64_t rows, int64_t K, int64_t C, T* out,
+void multiply(const T* a, int64_t a_stride, const T* w, int64_t rows, int64_t K, int64_t C, const T* start, T* out,
               int64_t out_stride) {
   const int64_t blocks = (rows + MR - 1) / MR;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = block * rows / blocks, end = (block + 1) * rows / blocks;
-    multiply_rows<T, MR, NV>(a + first * a_stride, a_stride, w, end - first, K, C, out + first * out_stride,
+    multiply_rows<T, MR, NV>(a + first * a_stride, a_stride, w, end - first, K, C, start, out + first * out_stride,
                              out_stride);
   }
 }

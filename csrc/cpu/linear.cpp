@@ -2,7 +2,8 @@
 //
 // Tasks are pieces of y: a group of panels of columns for some rows. Of the panels, a slab of k is packed and kept in
 // L2, and all rows of the task meet a block of a panel while it is in L1. Work: R·I·O multiply-adds; bytes: x once for
-// each group, W once for each piece of rows. Σ runs over the same blocks in the same order for every number of threads.
+// each group, W once for each piece of rows, y once if one slab holds all of k. Σ runs over the same blocks in the same
+// order for every number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -49,16 +50,13 @@ void run(Tensor& output, const Tensor& input, const Tensor& weight, const std::o
   const int64_t groups = std::clamp(ceil_div(wanted, fewest), ceil_div(panels, most), panels);
   const int64_t pieces = std::clamp(ceil_div(wanted, groups), fewest, ceil_div(R, kernel.tile_rows));
   torch::stable::parallel_for(0, groups * pieces, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<T> packed(ceil_div(panels, groups) * NR * slab_rows);
+    const Scratch<T> packed(ceil_div(panels, groups) * NR * slab_rows), zeros(NR);
+    std::fill_n(zeros.get(), NR, T(0));
     int64_t held = -1;  // the group whose only slab is packed
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / pieces;
       const Part own_panels(group, groups, panels), rows(task % pieces, pieces, R);
       const int64_t first = own_panels.begin * NR, last = std::min(own_panels.end * NR, O);
-      for (int64_t r = rows.begin; r < rows.end; ++r) {
-        T* const row = y + r * O;
-        b ? void(std::copy(b + first, b + last, row + first)) : std::fill(row + first, row + last, T(0));
-      }
       for (int64_t slab = 0; slab < slabs; ++slab) {
         const Part k(slab, slabs, I);
         if (slabs > 1 || group != held) {
@@ -67,13 +65,14 @@ void run(Tensor& output, const Tensor& input, const Tensor& weight, const std::o
           }
           held = group;
         }
-        const int64_t blocks_here = ceil_div(k.size() * row_bytes, kBlockBytes);
+        const int64_t blocks_here = std::max<int64_t>(1, ceil_div(k.size() * row_bytes, kBlockBytes));
         for (int64_t block = 0; block < blocks_here; ++block) {
           const Part own(block, blocks_here, k.size());
           for (int64_t c = first; c < last; c += NR) {
+            const T* const start = b ? b + c : zeros.get();
             kernel.multiply(x + rows.begin * I + k.begin + own.begin, I,
                             packed.get() + (c - first) * k.size() + own.begin * NR, rows.size(), own.size(),
-                            std::min(NR, last - c), y + rows.begin * O + c, O);
+                            std::min(NR, last - c), slab + block == 0 ? start : nullptr, y + rows.begin * O + c, O);
           }
         }
       }

@@ -66,21 +66,14 @@ void run_ahead(Tensor& gates, Tensor& states, Tensor& cells, Tensor& to_c, Tenso
   T *const cell = written(to_c), *const keep = written(kept);
   T* const outputs = unprojected ? written(*unprojected) : nullptr;
   for_samples(samples, steps * 4 * H * P, [&](int64_t first, int64_t end) {
-    const Scratch<T> recurrent((end - first) * 4 * H);
+    const Scratch<T> recurrent((end - first) * 4 * H), zeros(std::max(4 * H, P));
+    std::fill_n(zeros.get(), std::max(4 * H, P), T(0));
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t t = reverse ? steps - 1 - step : step;
       const int64_t rows = std::min(end, sizes.empty() ? samples : sizes[t]) - first;
       if (rows <= 0) continue;
       const int64_t before = (reverse ? t + 1 : t) * samples + first, after = (reverse ? t : t + 1) * samples + first;
-      for (int64_t n = 0; n < rows; ++n) {
-        T* const row = recurrent.get() + n * 4 * H;
-        if (bias) {
-          std::copy_n(bias, 4 * H, row);
-        } else {
-          std::fill_n(row, 4 * H, T(0));
-        }
-      }
-      kernel.multiply(h + before * P, P, w.get(), rows, P, 4 * H, recurrent.get(), 4 * H);
+      kernel.multiply(h + before * P, P, w.get(), rows, P, 4 * H, bias ? bias : zeros.get(), recurrent.get(), 4 * H);
       const int64_t own = t * samples + first;
       T* const u = outputs ? outputs + own * H : h + after * H;
       for (int64_t n = 0; n < rows; ++n) {
@@ -88,8 +81,7 @@ void run_ahead(Tensor& gates, Tensor& states, Tensor& cells, Tensor& to_c, Tenso
                           c + (after + n) * H, u + n * H, cell + (own + n) * H, keep + (own + n) * H);
       }
       if (!outputs) continue;
-      std::fill_n(h + after * P, rows * P, T(0));
-      kernel.multiply(u, H, projection->get(), rows, H, P, h + after * P, P);
+      kernel.multiply(u, H, projection->get(), rows, H, P, zeros.get(), h + after * P, P);
     }
   });
 }
@@ -109,7 +101,8 @@ void run_back(Tensor& delta, Tensor& of_h, Tensor& of_c, const Tensor& w_hh, con
   T* const h = static_cast<T*>(of_h.mutable_data_ptr());
   T* const c = static_cast<T*>(of_c.mutable_data_ptr());
   for_samples(samples, steps * 4 * H * P, [&](int64_t first, int64_t end) {
-    const Scratch<T> unprojected(projection ? (end - first) * H : 0);
+    const Scratch<T> unprojected(projection ? (end - first) * H : 0), zeros(H);
+    std::fill_n(zeros.get(), H, T(0));
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t t = reverse ? step : steps - 1 - step;
       const int64_t rows = std::min(end, sizes.empty() ? samples : sizes[t]) - first;
@@ -117,8 +110,7 @@ void run_back(Tensor& delta, Tensor& of_h, Tensor& of_c, const Tensor& w_hh, con
       const T* arrived = h + ((reverse ? t : t + 1) * samples + first) * P;
       T* const before = h + ((reverse ? t + 1 : t) * samples + first) * P;
       if (projection) {
-        std::fill_n(unprojected.get(), rows * H, T(0));
-        kernel.multiply(arrived, P, projection->get(), rows, P, H, unprojected.get(), H);
+        kernel.multiply(arrived, P, projection->get(), rows, P, H, zeros.get(), unprojected.get(), H);
         arrived = unprojected.get();
       }
       const int64_t row = t * samples + first;
@@ -126,7 +118,7 @@ void run_back(Tensor& delta, Tensor& of_h, Tensor& of_c, const Tensor& w_hh, con
         kernel.lstm_back(arrived + n * H, gates + (row + n) * 4 * H, cell + (row + n) * H, keep + (row + n) * H, H,
                          c + (first + n) * H, d + (row + n) * 4 * H);
       }
-      kernel.multiply(d + row * 4 * H, 4 * H, w.get(), rows, 4 * H, P, before, P);
+      kernel.multiply(d + row * 4 * H, 4 * H, w.get(), rows, 4 * H, P, nullptr, before, P);
     }
   });
 }
