@@ -33,6 +33,9 @@ CASES: dict[str, list[tuple[int, ...]]] = {
     "5 large": [(2048, 2048)] * 5,
     "700 small": [(8, 768)] * 700,
 }
+# Case -> processes that its rounds are shared out to. Where small tensors come to lie differs from one process to the
+# next, and a step through them by up to 1.6 times, of each method by itself.
+PROCESSES = {"5 large": 1, "700 small": 3}
 
 
 class Problem(nn.Module):
@@ -199,47 +202,69 @@ def relative_error(actual: list[Tensor], truth: list[Tensor]) -> float:
     return math.sqrt(difference / math.fsum(float(t.double().square().sum()) for t in truth))
 
 
-def measure_afresh(operation: str, case: str, methods: Sequence[str], rounds: int, threads: int) -> list[Row]:
-    """Measure as `measure` does, in a new process.
+class Timed(NamedTuple):
+    """What one process found of a method.
 
-    Where others were measured before, their freed memory leaves gaps, and hundreds of small tensors that are allocated
-    into them take up to 1.6 times as long to step, of whichever method. A training run allocates its own at its start.
+    Attributes:
+        error: Against float64; None if nothing can tell.
+        times_ms: One entry a round.
     """
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as fresh:
-        return fresh.submit(measure, operation, case, methods, rounds).result()
+
+    error: float | None
+    times_ms: list[float]
 
 
-def measure(operation: str, case: str, methods: Sequence[str], rounds: int) -> list[Row]:
-    """Measure an operation on a case and return a row for each method; the unit is always measured."""
+def measure(operation: str, case: str, methods: Sequence[str], rounds: int, threads: int) -> list[Row]:
+    """Measure an operation on a case and return a row for each method; the unit is always measured.
+
+    In new processes, as many as `PROCESSES` says, of at least one round each. Where others were measured before, their
+    freed memory leaves gaps, and hundreds of small tensors that are allocated into them take longer to step, of
+    whichever method. A training run allocates its own at its start.
+    """
     every = OPERATIONS[operation]
     unit = next(iter(every))
     names = [name for name in every if name == unit or name in methods]
+    count = min(PROCESSES[case], rounds)
+    parts: list[dict[str, Timed]] = []
+    for index in range(count):
+        own = (index + 1) * rounds // count - index * rounds // count
+        with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as fresh:
+            parts.append(fresh.submit(time_methods, operation, case, names, own, index).result())
+    shared = {"case": case, "device": "cpu", "dtype": "float32", "num_batches": 1, "operation": operation}
+    shared |= {"entries": sum(math.prod(shape) for shape in CASES[case]), "unit": unit, "rounds": rounds}
+    rows = []
+    for name in names:
+        errors = [part[name].error for part in parts if part[name].error is not None]
+        error = max(errors, default=None)
+        bar = None if error is None else every[name].tolerance
+        failure = None if error is None or error <= bar else f"error {error:.1e} is above {bar:.0e}"
+        timed = [] if failure else [(part[name].times_ms, part[unit].times_ms) for part in parts]
+        ratios = [own / beside for times in timed for own, beside in zip(*times, strict=True)]
+        row = {"error": error, "error_bar": bar, "failure": failure, "ratio_bar": every[name].bar}
+        row |= {**shared, "method": f"{operation}: {name}"}
+        row |= {**percentiles("time_ms", [ms for own, _ in timed for ms in own]), **percentiles("ratio", ratios)}
+        rows.append(row)
+    return rows
+
+
+def time_methods(operation: str, case: str, names: Sequence[str], rounds: int, seed: int) -> dict[str, Timed]:
+    """Check and time methods in this process, all of them in each round, in an order drawn anew."""
+    every = OPERATIONS[operation]
     runs: dict[str, Callable[[], Any]] = {}
-    rows: dict[str, Row] = {}
+    timed: dict[str, Timed] = {}
     for name in names:
         runs[name], check = every[name].prepare(CASES[case])
         runs[name]()
-        error = None if check is None else relative_error(*check())
-        bar = every[name].tolerance if error is not None else None
-        failure = None if error is None or error <= bar else f"error {error:.1e} is above {bar:.0e}"
-        rows[name] = {"error": error, "error_bar": bar, "failure": failure, "ratio_bar": every[name].bar}
+        timed[name] = Timed(None if check is None else relative_error(*check()), [])
     # What is here now stays: to look through it, compiled code above all, would take a second before each timing.
     gc.freeze()
-    times: dict[str, list[float]] = {name: [] for name in names if rows[name]["failure"] is None}
-    repeats = {name: repeats_of(runs[name]) for name in times}
-    order = random.Random(0)
+    repeats = {name: repeats_of(runs[name]) for name in names}
+    order = random.Random(seed)
     for _ in range(rounds):
-        for name in order.sample(list(times), len(times)):
-            times[name].append(time_ms(runs[name], repeats[name]))
+        for name in order.sample(list(names), len(names)):
+            timed[name].times_ms.append(time_ms(runs[name], repeats[name]))
     gc.unfreeze()
-    shared = {"case": case, "device": "cpu", "dtype": "float32", "num_batches": 1, "operation": operation}
-    shared["entries"] = sum(math.prod(shape) for shape in CASES[case])
-    for name, row in rows.items():
-        own = times.get(name, [])
-        ratios = [ms / unit_ms for ms, unit_ms in zip(own, times[unit], strict=False)]
-        row |= {**shared, "method": f"{operation}: {name}", "unit": unit, "rounds": rounds}
-        row |= {**percentiles("time_ms", own), **percentiles("ratio", ratios)}
-    return list(rows.values())
+    return timed
 
 
 def repeats_of(run: Callable[[], Any]) -> int:
@@ -289,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     for operation in arguments.operations:
         for case in arguments.cases:
             methods = arguments.methods or list(OPERATIONS[operation])
-            measured = measure_afresh(operation, case, methods, arguments.rounds, arguments.threads)
+            measured = measure(operation, case, methods, arguments.rounds, arguments.threads)
             measured = [{**row, **run} for row in measured]
             rows += measured
             write_rows(path, measured)

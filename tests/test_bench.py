@@ -10,7 +10,7 @@ import torch
 # Last, so that mas_fast is the installed one.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import cases, compare, growth, measure, memory, methods, plot, provenance, readme, run  # noqa: E402
+from benchmarks import cases, compare, growth, measure, memory, methods, plot, provenance, readme, run, steps  # noqa: E402
 from benchmarks.cases import CASES, CURVES, find_case  # noqa: E402
 
 
@@ -59,11 +59,19 @@ def test_a_row_of_ours_without_a_time_any_more_is_told(tmp_path, capsys):
 def test_of_two_machines_the_same_is_compared_or_the_latest(tmp_path, capsys):
     before = written(tmp_path / "before", [row(ratio=1.0, date="2026-01-02")])
     written(before, [row(ratio=9.0, date="2026-01-01")], "passes-y-2-threads.json")
-    for name, then, code in (("x", "1.00", 1), ("y", "9.00", 0), ("z", "1.00", 1)):
+    for name, then, code in (("x", "1.00", 1), ("y", "9.00", 0), ("z", "1.00", 0)):
         after = written(tmp_path / name, [row(ratio=2.0)], f"passes-{name}-2-threads.json")
         assert compare.main([str(before), str(after)]) == code
         said = capsys.readouterr().out
         assert f"{then} →     2.00" in said and f"→ passes-{name}-2-threads.json" in said
+        assert ("another machine" in said) == (name == "z")
+
+
+def test_a_row_without_a_time_any_more_counts_on_another_machine_too(tmp_path):
+    before = written(tmp_path / "before", [row(), row(case="lstm")])
+    lost = [row(ratio=5.0), row(case="lstm", ratio=None, failure="error 3e-02 is above 1e-05")]
+    assert compare.main([str(before), str(written(tmp_path / "a", lost[:1], "passes-z-2-threads.json"))]) == 0
+    assert compare.main([str(before), str(written(tmp_path / "b", lost, "passes-z-2-threads.json"))]) == 1
 
 
 @pytest.mark.parametrize(
@@ -248,6 +256,16 @@ def test_what_needs_more_memory_than_it_may_have_says_so():
     with pytest.raises(memory.OutOfMemoryError, match=r"more than 0\.0625 GiB"):
         memory.peak_mib("mlp-N=256", "vmap_whole", 1, "float32", 1, {}, runs=1, limit_gib=0.0625)
     assert memory.peak_mib("mlp-N=16", "mas_fast", 1, "float32", 1, {}, runs=1, limit_gib=0.0625) < 64
+
+
+@pytest.mark.slow
+def test_a_step_is_measured_in_several_processes(tmp_path):
+    arguments = ["--out", str(tmp_path), "--cases", "700 small", "--operations", "penalty", "--methods", "mas_fast"]
+    assert steps.main([*arguments, "--rounds", "2", "--threads", "1"]) == 0
+    (path,) = tmp_path.glob("steps-*.json")
+    unit, ours = json.loads(path.read_text())
+    assert unit["ratio_p50"] == 1.0 and unit["method"] == f"penalty: {ours['unit']}"
+    assert ours["ratio_p20"] > 0 and ours["error"] < ours["error_bar"] and ours["rounds"] == 2
 
 
 @pytest.mark.slow
