@@ -119,12 +119,12 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     kinds = [
-        (name, now, changes(before[name], after[now]))
+        (name, now, pairs)
         for name in before
         for now in after
-        if name.partition("-")[0] == now.partition("-")[0]
+        if name.partition("-")[0] == now.partition("-")[0] and (pairs := changes(before[name], after[now]))
     ]
-    if not any(pairs for _, _, pairs in kinds):
+    if not kinds:
         parser.error(f"{arguments.before} and {arguments.after} must have a row in common, got none")
     failed = False
     judged: list[tuple[Row, Row]] = []
