@@ -69,7 +69,7 @@ class Case:
         """Build the workload; the same arguments give the same model and the same data.
 
         Args:
-            num_batches: How many to draw.
+            num_batches: How many to draw; unused if `batches` are given.
             dtype: Of the model and of its floating-point data.
             batches: Those that a call like this has drawn before: to find decided samples takes seconds.
         """

@@ -2,8 +2,8 @@
 
 Ratios to the ordinary batched backward (or to the unit that a row names) are compared: on one machine they hold from
 day to day, where milliseconds do not. Exits with 1 if one of mas_fast grew by more than `--tolerance`, or has none any
-more. Between two machines they may differ by half, as processors multiply and read memory at different rates: there
-only a ratio that is lost counts.
+more. From one machine, or number of threads, to another they may double, as processors multiply and read memory at
+different rates: there only a ratio that is lost counts.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     judged: list[tuple[Row, Row]] = []
     for name, now, pairs in kinds:
-        print(f"{name}\n→ {now}" + ("" if name == now else ": another machine, where ratios may differ") + "\n")
+        other = "" if name == now else ": another machine or setting, whose ratios may differ"
+        print(f"{name}\n→ {now}{other}\n")
         print_changes(pairs, arguments.tolerance, name == now)
         print()
         if name == now:
@@ -141,8 +142,9 @@ def main(argv: list[str] | None = None) -> int:
         a["ratio_p50"] is not None and abs(a["ratio_p50"] / b["ratio_p50"] - 1) <= arguments.tolerance
         for b, a in judged
     )
-    percent = f"{100 * arguments.tolerance:.0f} %"
-    print(f"{near} of {len(judged)} ratios of mas_fast on the same machine are within {percent}")
+    if judged:
+        percent = f"{100 * arguments.tolerance:.0f} %"
+        print(f"{near} of {len(judged)} ratios of mas_fast on the same machine are within {percent}")
     return int(failed)
 
 

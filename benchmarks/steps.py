@@ -9,8 +9,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 import mas_fast
 from benchmarks.provenance import describe_run
 from benchmarks.run import Row, percentiles, results_path, verdict, writable, write_rows
+from benchmarks.side_by_side import fresh_process
 from mas_fast import MAS, Importance
 
 LAM = 0.5
@@ -197,9 +196,10 @@ OPERATIONS: dict[str, dict[str, Method]] = {
 
 
 def relative_error(actual: list[Tensor], truth: list[Tensor]) -> float:
-    """Return ‖actual − truth‖ / ‖truth‖ over all tensors."""
+    """Return ‖actual − truth‖ / ‖truth‖ over all tensors; infinity if it is no number."""
     difference = math.fsum(float((a.detach().double() - t).square().sum()) for a, t in zip(actual, truth, strict=True))
-    return math.sqrt(difference / math.fsum(float(t.double().square().sum()) for t in truth))
+    error = math.sqrt(difference / math.fsum(float(t.double().square().sum()) for t in truth))
+    return error if math.isfinite(error) else math.inf
 
 
 class Timed(NamedTuple):
@@ -228,10 +228,10 @@ def measure(operation: str, case: str, methods: Sequence[str], rounds: int, thre
     parts: list[dict[str, Timed]] = []
     for index in range(count):
         own = (index + 1) * rounds // count - index * rounds // count
-        with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as fresh:
+        with fresh_process(threads) as fresh:
             parts.append(fresh.submit(time_methods, operation, case, names, own, index).result())
     shared = {"case": case, "device": "cpu", "dtype": "float32", "num_batches": 1, "operation": operation}
-    shared |= {"entries": sum(math.prod(shape) for shape in CASES[case]), "unit": unit, "rounds": rounds}
+    shared |= {"entries": sum(math.prod(shape) for shape in CASES[case]), "unit": unit, "processes": count}
     rows = []
     for name in names:
         errors = [part[name].error for part in parts if part[name].error is not None]
@@ -241,7 +241,7 @@ def measure(operation: str, case: str, methods: Sequence[str], rounds: int, thre
         timed = [] if failure else [(part[name].times_ms, part[unit].times_ms) for part in parts]
         ratios = [own / beside for times in timed for own, beside in zip(*times, strict=True)]
         row = {"error": error, "error_bar": bar, "failure": failure, "ratio_bar": every[name].bar}
-        row |= {**shared, "method": f"{operation}: {name}"}
+        row |= {**shared, "method": f"{operation}: {name}", "rounds": len(ratios)}
         row |= {**percentiles("time_ms", [ms for own, _ in timed for ms in own]), **percentiles("ratio", ratios)}
         rows.append(row)
     return rows
@@ -263,7 +263,7 @@ def time_methods(operation: str, case: str, names: Sequence[str], rounds: int, s
     for _ in range(rounds):
         for name in order.sample(list(names), len(names)):
             timed[name].times_ms.append(time_ms(runs[name], repeats[name]))
-    gc.unfreeze()
+    gc.unfreeze()  # or libraries would report as leaks what is left when the process ends
     return timed
 
 
@@ -308,6 +308,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a bar of time is missed, too")
     arguments = parser.parse_args(argv)
+    if min(arguments.rounds, arguments.threads) < 1:
+        parser.error("--rounds and --threads must be at least 1")
     run = describe_run(arguments.threads)
     path = writable(results_path(arguments.out, run, "steps"))
     rows: list[Row] = []

@@ -1,6 +1,7 @@
 """The benchmark's commands: what grows, what a comparison says, what README is given."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_of_two_machines_the_same_is_compared_or_the_latest(tmp_path, capsys):
         assert compare.main([str(before), str(after)]) == code
         said = capsys.readouterr().out
         assert f"{then} →     2.00" in said and f"→ passes-{name}-2-threads.json" in said
-        assert ("another machine" in said) == (name == "z")
+        assert ("another machine" in said) == (name == "z") == ("on the same machine" not in said)
 
 
 def test_a_row_without_a_time_any_more_counts_on_another_machine_too(tmp_path):
@@ -115,6 +116,14 @@ def test_a_folder_without_results_is_an_error(tmp_path, capsys, content):
         with pytest.raises(SystemExit):
             compare.main([str(good), str(folder)])
         assert str(folder) in capsys.readouterr().err
+
+
+def test_a_kind_without_a_row_in_common_is_left_out(tmp_path, capsys):
+    folders = [written(tmp_path / name, [row()]) for name in ("a", "b")]
+    for folder, case in zip(folders, ("5 large", "700 small"), strict=True):
+        written(folder, [row(case=case)], "steps-x-2-threads.json")
+    assert compare.main([str(folder) for folder in folders]) == 0
+    assert "steps" not in capsys.readouterr().out
 
 
 def test_runs_without_a_row_in_common_are_an_error(tmp_path, capsys):
@@ -265,7 +274,14 @@ def test_a_step_is_measured_in_several_processes(tmp_path):
     (path,) = tmp_path.glob("steps-*.json")
     unit, ours = json.loads(path.read_text())
     assert unit["ratio_p50"] == 1.0 and unit["method"] == f"penalty: {ours['unit']}"
-    assert ours["ratio_p20"] > 0 and ours["error"] < ours["error_bar"] and ours["rounds"] == 2
+    assert ours["ratio_p20"] > 0 and ours["error"] < ours["error_bar"]
+    assert (ours["processes"], ours["rounds"]) == (2, 2)
+
+
+def test_an_error_of_a_step_that_is_no_number_is_one():
+    ones, lost = [torch.ones(3)], [torch.tensor([1.0, math.nan, 1.0])]
+    assert steps.relative_error(ones, ones) == 0.0
+    assert steps.relative_error(lost, ones) == math.inf
 
 
 @pytest.mark.slow

@@ -401,6 +401,7 @@ LSTM_SHAPES = {  # T, N, H, P
     "one_step": (1, 5, 16, 0),
     "many_samples": (3, 150, 48, 0),
     "projected": (5, 9, 21, 13),
+    "projected_to_more": (3, 7, 2, 45),
     "no_samples": (4, 0, 8, 0),
     "no_steps": (0, 4, 8, 0),
 }

@@ -2,8 +2,8 @@
 //
 // Tasks are pieces of y: a group of panels of columns for some rows. Of the panels, a slab of k is packed and kept in
 // L2, and all rows of the task meet a block of a panel while it is in L1. Work: R·I·O multiply-adds; bytes: x once for
-// each group, W once for each piece of rows, y once if one slab holds all of k. Σ runs over the same blocks in the same
-// order for every number of threads.
+// each group, W once for each piece of rows; y is written with the sums of its first block of k, and met again for each
+// other one. Σ runs over the same blocks in the same order for every number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
