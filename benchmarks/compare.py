@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -47,9 +48,14 @@ def read_folder(folder: Path, machines: Collection[str] = ()) -> dict[str, list[
     def preference(name: str) -> tuple[bool, str]:
         return name in machines, max(row.get("date", "") for row in files[name])
 
-    kinds = {name.partition("-")[0] for name in files}
-    chosen = [max((n for n in files if n.partition("-")[0] == kind), key=preference) for kind in sorted(kinds)]
+    kinds = {kind_of(name) for name in files}
+    chosen = [max((n for n in files if kind_of(n) == kind), key=preference) for kind in sorted(kinds)]
     return {name: files[name] for name in chosen}
+
+
+def kind_of(name: str) -> str:
+    """Return which kind of rows a results file holds: what its name begins with."""
+    return name.partition("-")[0]
 
 
 def changes(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -68,20 +74,21 @@ def is_ours(row: Row) -> bool:
     return "mas_fast" in row["method"]
 
 
-def is_lost(before: Row, after: Row) -> bool:
-    """Return whether a row of mas_fast has no time any more."""
-    return is_ours(after) and before["ratio_p50"] is not None and after["ratio_p50"] is None
-
-
-def is_worse(before: Row, after: Row, tolerance: float) -> bool:
-    """Return whether a row of mas_fast grew by more than `tolerance`, or has no time any more."""
+def is_worse(before: Row, after: Row, may_grow: float) -> bool:
+    """Return whether a row of mas_fast grew by more than it may, or has no time any more."""
     if not is_ours(after) or before["ratio_p50"] is None:
         return False
-    return is_lost(before, after) or after["ratio_p50"] / before["ratio_p50"] - 1 > tolerance
+    return after["ratio_p50"] is None or after["ratio_p50"] / before["ratio_p50"] - 1 > may_grow
 
 
-def print_changes(pairs: Sequence[tuple[Row, Row]], tolerance: float, same_machine: bool) -> None:
-    """Print a line for each pair."""
+def print_changes(pairs: Sequence[tuple[Row, Row]], tolerance: float, may_grow: float) -> bool:
+    """Print a line for each pair; return whether a row of mas_fast became worse.
+
+    Args:
+        pairs: Rows before and after.
+        tolerance: From which change on a line says that it differs.
+        may_grow: By how much a row of mas_fast may grow.
+    """
     for before, after in pairs:
         if is_unit(after):
             continue
@@ -93,7 +100,7 @@ def print_changes(pairs: Sequence[tuple[Row, Row]], tolerance: float, same_machi
             change = ratios[1] / ratios[0] - 1
         if change is None:
             mark = after["failure"] or before["failure"] or ""
-        elif same_machine and is_worse(before, after, tolerance):
+        elif is_worse(before, after, may_grow):
             mark = "GREW"
         else:
             mark = "differs" if abs(change) > tolerance else ""
@@ -102,6 +109,7 @@ def print_changes(pairs: Sequence[tuple[Row, Row]], tolerance: float, same_machi
         print(
             f"{after['case']:26} {batches:>11}  {after['method']:44} {shown} {spread:16} {percent:>8}  {mark}".rstrip()
         )
+    return any(is_worse(before, after, may_grow) for before, after in pairs)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,22 +130,18 @@ def main(argv: list[str] | None = None) -> int:
         (name, now, pairs)
         for name in before
         for now in after
-        if name.partition("-")[0] == now.partition("-")[0] and (pairs := changes(before[name], after[now]))
+        if kind_of(name) == kind_of(now) and (pairs := changes(before[name], after[now]))
     ]
     if not kinds:
         parser.error(f"{arguments.before} and {arguments.after} must have a row in common, got none")
     failed = False
     judged: list[tuple[Row, Row]] = []
     for name, now, pairs in kinds:
-        other = "" if name == now else ": another machine or setting, whose ratios may differ"
-        print(f"{name}\n→ {now}{other}\n")
-        print_changes(pairs, arguments.tolerance, name == now)
+        same = name == now
+        print(f"{name}\n→ {now}{'' if same else ': another machine or setting, whose ratios may differ'}\n")
+        failed |= print_changes(pairs, arguments.tolerance, may_grow=arguments.tolerance if same else math.inf)
         print()
-        if name == now:
-            failed |= any(is_worse(*pair, arguments.tolerance) for pair in pairs)
-            judged += [(b, a) for b, a in pairs if is_ours(a) and b["ratio_p50"] is not None]
-        else:
-            failed |= any(is_lost(*pair) for pair in pairs)
+        judged += [(b, a) for b, a in pairs if same and is_ours(a) and b["ratio_p50"] is not None]
     near = sum(
         a["ratio_p50"] is not None and abs(a["ratio_p50"] / b["ratio_p50"] - 1) <= arguments.tolerance
         for b, a in judged

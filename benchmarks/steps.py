@@ -227,22 +227,23 @@ def measure(operation: str, case: str, methods: Sequence[str], rounds: int, thre
     count = min(PROCESSES[case], rounds)
     parts: list[dict[str, Timed]] = []
     for index in range(count):
-        own = (index + 1) * rounds // count - index * rounds // count
+        share = (index + 1) * rounds // count - index * rounds // count
         with fresh_process(threads) as fresh:
-            parts.append(fresh.submit(time_methods, operation, case, names, own, index).result())
+            parts.append(fresh.submit(time_methods, operation, case, names, share, index).result())
     shared = {"case": case, "device": "cpu", "dtype": "float32", "num_batches": 1, "operation": operation}
     shared |= {"entries": sum(math.prod(shape) for shape in CASES[case]), "unit": unit, "processes": count}
+    times = {name: [ms for part in parts for ms in part[name].times_ms] for name in names}
     rows = []
     for name in names:
         errors = [part[name].error for part in parts if part[name].error is not None]
         error = max(errors, default=None)
         bar = None if error is None else every[name].tolerance
         failure = None if error is None or error <= bar else f"error {error:.1e} is above {bar:.0e}"
-        timed = [] if failure else [(part[name].times_ms, part[unit].times_ms) for part in parts]
-        ratios = [own / beside for times in timed for own, beside in zip(*times, strict=True)]
+        own = [] if failure else times[name]
+        ratios = [ms / unit_ms for ms, unit_ms in zip(own, times[unit], strict=False)]
         row = {"error": error, "error_bar": bar, "failure": failure, "ratio_bar": every[name].bar}
         row |= {**shared, "method": f"{operation}: {name}", "rounds": len(ratios)}
-        row |= {**percentiles("time_ms", [ms for own, _ in timed for ms in own]), **percentiles("ratio", ratios)}
+        row |= {**percentiles("time_ms", own), **percentiles("ratio", ratios)}
         rows.append(row)
     return rows
 
