@@ -13,7 +13,7 @@ parameter, R and S positions before and after it. x is `input`, δ = ∂objectiv
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -149,12 +149,47 @@ def importance_loop(
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         omega = {name: torch.zeros_like(p) for name, p in parameters.items()}
         objectives = sample_objective(objective, (forward or default_forward)(model, batch))
-        for value in objectives:
-            gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
+        for gradients in sample_gradients(objectives, list(parameters.values())):
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     omega[name] += magnitude(gradient, statistic == "square")
     return {name: total / len(objectives) for name, total in omega.items()}
+
+
+def sample_gradients(values: Tensor, parameters: Sequence[Tensor]) -> Iterator[Sequence[Tensor | None]]:
+    """Walk over ∂value/∂θ of all values [N], of each by a backward of its own; None for a parameter that it misses.
+
+    A reentrant activation checkpoint shows `torch.autograd.grad` no parameters: where one is in the graph, gradients
+    are taken from `.grad`, and what was there is put back.
+    """
+    nodes = _nodes(values)
+    if not any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+        for value in values:
+            yield torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        return
+    leaves = {id(t): t for t in (*parameters, *(node.variable for node in nodes if hasattr(node, "variable")))}
+    for value in values:
+        own = {key: leaf.grad for key, leaf in leaves.items()}
+        try:
+            for leaf in leaves.values():
+                leaf.grad = None
+            torch.autograd.backward(value, retain_graph=True)
+            gradients = [parameter.grad for parameter in parameters]
+        finally:
+            for key, leaf in leaves.items():
+                leaf.grad = own[key]
+        yield gradients
+
+
+def _nodes(values: Tensor) -> set[Any]:
+    """Return all nodes of a graph."""
+    seen, stack = set(), [values.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(function for function, _ in node.next_functions)
+    return seen
 
 
 def magnitude(gradient: Tensor, square: bool) -> Tensor:

@@ -23,7 +23,7 @@ from mas_fast.errors import CaptureError, LoopWarning
 from mas_fast.estimate import Objective, Parameters, capture, estimate_importance
 from mas_fast.importance import Importance
 from mas_fast.names import named_parameters
-from mas_fast.reference import default_forward, magnitude, sample_objective
+from mas_fast.reference import default_forward, magnitude, sample_gradients, sample_objective
 from mas_fast.tables import format_table
 
 # Largest relative error that counts as agreement, by dtype of the pass.
@@ -314,8 +314,7 @@ def _differentiate(
         if len(values) != each:
             raise ValueError(f"batch must hold {each} samples, got {len(values)}")
         # A sample that goes past all parameters has no graph.
-        for value in values if values.requires_grad else ():
-            gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        for gradients in sample_gradients(values, parameters) if values.requires_grad else ():
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     total += magnitude(gradient.to(total.dtype), square)

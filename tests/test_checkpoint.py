@@ -7,7 +7,8 @@ import torch.utils.checkpoint
 from compare import truth_of, worst_error
 from torch import nn
 
-from mas_fast import CaptureError, estimate_importance
+from mas_fast import CaptureError, estimate_importance, verify
+from mas_fast.reference import importance_loop
 
 # Asked of single samples under no_grad, a reentrant checkpoint says so.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -121,3 +122,26 @@ def test_what_a_reentrant_checkpoint_hides_is_an_error():
     with pytest.raises(CaptureError, match=r"block.2.bias are used in a reentrant .* pass use_reentrant=False"):
         estimate_importance(model, [torch.randn(4, 5)])
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Whole(Model):
+    """A model whose layers are all in one checkpoint."""
+
+    def forward(self, x):
+        return self.checkpoint(lambda t: self.head(self.block(self.first(t))), x).tanh()
+
+
+@pytest.mark.parametrize("kind", [Model, Whole])
+def test_the_loop_sees_what_a_reentrant_checkpoint_hides(kind):
+    """`torch.autograd.grad` finds no gradient in one, and raises no error where no parameter comes before it."""
+    torch.manual_seed(0)
+    model = kind(CASES["once"], reentrant=True)
+    x = torch.randn(4, 5, requires_grad=True)
+    model(x)
+    x.grad = torch.ones_like(x)
+    omega = importance_loop(model, x)
+    report = verify(model, x, show=False)
+    assert report.passed, report
+    assert x.grad.eq(1).all() and all(p.grad is None for p in model.parameters())
+    model.on = False
+    assert worst_error(omega, importance_loop(model, x)) <= 1e-12
