@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from cases import DIRECT, JOINED, LOOPED, build
 from compare import truth_of, worst_error
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mas_fast
 from mas_fast import CaptureError, estimate_importance
@@ -397,3 +398,19 @@ def test_parameters_inside_of_vmap_are_refused():
     model = nn.Linear(3, 2)
     with pytest.raises(CaptureError, match="inside of torch.vmap"):
         estimate_importance(model, [torch.randn(4, 3)], forward=lambda m, x: torch.vmap(m)(x))
+
+
+def test_a_layer_norm_computes_its_statistics_once():
+    class Count(TorchDispatchMode):
+        norms = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.norms += func is torch.ops.aten.native_layer_norm.default
+            return func(*args, **(kwargs or {}))
+
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6))
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    with Count() as count:
+        estimate_importance(model, [torch.randn(4, 5) for _ in range(3)])
+    assert count.norms == len(forwards) >= 3

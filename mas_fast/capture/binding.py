@@ -70,6 +70,8 @@ class Binding(NamedTuple):
     inplace: bool = False  # the call changes its first argument and returns it
     view: bool = False  # the output shares the parameter's memory
     single: bool = False  # only one of the roles may be a parameter
+    # In the place of the function: its output, and what belongs to `saved` besides, which it has computed anyway.
+    run: Callable[..., tuple[Tensor, ...]] | None = None
 
 
 Rule = Callable[..., Binding | None]

@@ -381,7 +381,7 @@ class Forward(TorchFunctionMode):
         args, kwargs = _detached(args, kwargs, used)
         if self.capture.local:
             args, kwargs = replaced(args, self._cut), replaced(kwargs, self._cut)
-        output = products.run(func, args, kwargs)
+        output, *computed = binding.run(*args, **kwargs) if binding.run else [products.run(func, args, kwargs)]
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return _UNFIT
         self.half |= output.dtype == torch.float16
@@ -406,7 +406,7 @@ class Forward(TorchFunctionMode):
                 self.in_sweep(tap)
             self.taps.append(tap)
         # Bias alone needs nothing of the forward.
-        saved = [] if roles.keys() == {"bias"} else [t.detach() for t in binding.saved]
+        saved = [] if roles.keys() == {"bias"} else [t.detach() for t in (*binding.saved, *computed)]
         return TapFunction.apply(output, self.token, tap, saved, binding.inplace, binding.view)
 
     # Layers of a local scope: each ends where the next call with parameters begins
@@ -455,7 +455,8 @@ class Forward(TorchFunctionMode):
     def _find_unseen(self, values: Tensor) -> None:
         """Give up on parameters that the graph reaches past every tap: used where no torch function shows them."""
         leaves, nodes, taps = _reached(values)
-        stale = [tap for key, tap in taps.items() if key not in {id(tap) for tap in self.taps}]
+        own = {id(tap) for tap in self.taps}
+        stale = [tap for key, tap in taps.items() if key not in own]
         if stale:
             raise CaptureError(
                 f"what an earlier forward computed from {', '.join(sorted(stale[0].names))} was used again, as from a "

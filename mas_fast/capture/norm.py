@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 
 from mas_fast.capture.binding import Binding, Delta, flattened, rule
 from mas_fast.kernels import ops
@@ -23,6 +23,7 @@ def _accumulate(
     square: bool,
     rows: Callable[[Tensor], Tensor],
     statistics: Statistics,
+    computed: bool = False,  # the statistics are, by the forward, and kept
 ) -> None:
     grad_output = rows(delta.split(delta.value))  # [N, R, K, S]
     with ExitStack() as stack:
@@ -32,8 +33,8 @@ def _accumulate(
         if weight is None:
             ops.accumulate_affine_(None, bias, grad_output, square=square)
             return
-        x = rows(delta.split(saved[0]))
-        mean, rstd = statistics(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
+        x, *kept = [rows(delta.split(t)) for t in (saved if computed else saved[:1])]
+        mean, rstd = kept or statistics(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
         ops.accumulate_affine_(weight, bias, grad_output, x, mean, rstd, square)
 
 
@@ -94,14 +95,33 @@ def layer_norm(
         return _mean_rstd(x, 2, eps)  # x [N, R, K, 1]
 
     count = len(normalized_shape)
+    given = [t for t in (input, weight, bias) if t is not None]
+    # Not of numbers that are narrow, or that autocast may make so: those statistics could be as narrow.
+    computed = (
+        input.dtype in (torch.float32, torch.float64)
+        and all(type(t) in (Tensor, nn.Parameter) and t.dtype == input.dtype for t in given)
+        and not torch.is_autocast_enabled(input.device.type)
+    )
     return Binding(
         rule="layer_norm",
         roles={"weight": weight, "bias": bias},
         saved=(input,),
-        accumulate=partial(_accumulate, rows=_last(count), statistics=statistics),
+        accumulate=partial(_accumulate, rows=_last(count), statistics=statistics, computed=computed),
         gradients=partial(_gradients, rows=_last(count), statistics=statistics),
         axes=lambda output, _: range(len(output) - count),
+        run=_layer_norm_and_statistics if computed else None,
     )
+
+
+def _layer_norm_and_statistics(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 @rule(F.rms_norm, torch.rms_norm)
