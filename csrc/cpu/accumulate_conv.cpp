@@ -111,10 +111,9 @@ void run_tiled(Tensor& omega, const Geometry& g, const Tensor& delta, const Tens
     }
     return PanelOfX<T>{dst};
   };
-  T* const out = static_cast<T*>(omega.mutable_data_ptr());
-  const auto omega_row = [=](int64_t group, int64_t o) { return out + (group * group_outputs + o) * columns; };
-  accumulate_tiled<T>(shape, magnitude_of_statistic(square), pack_delta, panel_of_x, omega_row,
-                      K == 1 ? nullptr : omega_offset.data(), prepare);
+  const OmegaRows<T> rows_of_omega{static_cast<T*>(omega.mutable_data_ptr()), group_outputs * columns, columns,
+                                   K == 1 ? nullptr : omega_offset.data()};
+  accumulate_tiled<T>(shape, magnitude_of_statistic(square), pack_delta, panel_of_x, rows_of_omega, prepare);
 }
 
 template <class T>

@@ -38,9 +38,8 @@ void run(Tensor& omega, const Tensor& delta, const Tensor& x, bool square) {
     }
     return PanelOfX<T>{dst};
   };
-  T* const out = static_cast<T*>(omega.mutable_data_ptr());
-  const auto omega_row = [out, columns](int64_t, int64_t o) { return out + o * columns; };
-  accumulate_tiled<T>(shape, of_products, pack_delta, panel_of_x, omega_row, nullptr, [](int64_t, int64_t) {});
+  const OmegaRows<T> rows_of_omega{static_cast<T*>(omega.mutable_data_ptr()), 0, columns};
+  accumulate_tiled<T>(shape, of_products, pack_delta, panel_of_x, rows_of_omega, nullptr);
 }
 
 void accumulate_linear_(Tensor omega, const Tensor grad_output, const Tensor input, bool square) {

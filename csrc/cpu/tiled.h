@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/data.h"
 
@@ -54,34 +55,34 @@ struct PanelOfX {
   }
 };
 
-// Fetches a tile's rows of Ω while it is being computed: they are met once a chunk of samples, and cold by then.
-template <class T, class OmegaRow>
-void prefetch_omega(const OmegaRow& omega_row, int64_t group, int64_t first, int64_t outputs, int64_t column,
-                    int64_t columns) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t o = first; o < outputs; ++o) {
-    const T* const row = omega_row(group, o) + column;
-    for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(row + c, 1);
-  }
-}
+// Ω of `groups` products, its rows evenly apart; within a row, columns stand at column_offset, or side by side if that
+// is null.
+template <class T>
+struct OmegaRows {
+  T* data;
+  int64_t group_stride, stride;
+  const int64_t* column_offset = nullptr;
+  T* row(int64_t group, int64_t output) const { return data + group * group_stride + output * stride; }
+};
 
 template <class T>
-void run_tile(const T* delta, const PanelOfX<T>& panel, int64_t samples, int64_t rows, Magnitude magnitude, T* tile) {
+void run_tile(const T* delta, const PanelOfX<T>& panel, int64_t samples, int64_t rows, Magnitude magnitude, T* tile,
+              int64_t stride) {
   const Kernels<T>& kernel = kernels_for<T>();
-  if (!panel.base) return kernel.tile(delta, panel.x, samples, rows, magnitude, tile);
-  kernel.tile_in_place(delta, panel.x, panel.sample_stride, panel.base, panel.offset, samples, rows, magnitude, tile);
+  if (!panel.base) return kernel.tile(delta, panel.x, samples, rows, magnitude, tile, stride);
+  kernel.tile_in_place(delta, panel.x, panel.sample_stride, panel.base, panel.offset, samples, rows, magnitude, tile,
+                       stride);
 }
 
 // pack_delta(group, sample, output, dst) writes a packed panel of one sample's δ, zero beyond the group's edge.
 // panel_of_x(group, sample, samples, row, rows, column, dst) says where a panel of x is, after packing it to dst if
-// need be. omega_row(group, output) is the address of a row of Ω; its columns stand at column_offset[column], or side
-// by side if that is null. prepare(sample, samples) is called, on one thread, before a chunk of samples.
-template <class T, class PackDelta, class FindX, class OmegaRow, class Prepare>
+// need be. prepare(sample, samples) is called, on one thread, before a chunk of samples; null if there is nothing to
+// do.
+template <class T, class PackDelta, class FindX, class Prepare>
 void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDelta& pack_delta,
-                      const FindX& panel_of_x, const OmegaRow& omega_row, const int64_t* column_offset,
-                      const Prepare& prepare) {
+                      const FindX& panel_of_x, const OmegaRows<T>& omega, const Prepare& prepare) {
   const Kernels<T>& kernel = kernels_for<T>();
-  const int64_t MR = kernel.tile_rows, NR = kernel.tile_columns;
+  const int64_t MR = kernel.tile_rows, NR = kernel.tile_columns, tile_size = MR * NR;
   const int64_t output_panels = ceil_div(shape.outputs, MR), column_panels = ceil_div(shape.columns, NR);
   if (shape.samples * shape.rows * shape.groups * output_panels * column_panels == 0) return;
 
@@ -98,87 +99,123 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
   const bool by_outputs = shape.groups == 1 && output_panels >= kPanelsPerThread * threads;
   const int64_t output_blocks =
       by_outputs ? threads : std::clamp<int64_t>(ceil_div(wanted, shape.groups * column_panels), 1, output_panels);
-  const int64_t tasks = shape.groups * column_panels * output_blocks;
+  const int64_t most = ceil_div(output_panels, output_blocks);
+  const auto first_panel = [&](int64_t output_block) { return output_block * output_panels / output_blocks; };
 
   const int64_t panel_size = chunk * shape.rows * MR;  // one packed panel of δ
   const Scratch<T> delta(shape.groups * output_panels * panel_size);
-  for (int64_t first = 0; first < shape.samples; first += chunk) {
-    const int64_t count = std::min(chunk, shape.samples - first);
-    prepare(first, count);
-    // Packing less than 32 Ki entries is not worth waking a thread.
-    const int64_t grain = ceil_div(32768, shape.rows * MR);
-    torch::stable::parallel_for(0, shape.groups * output_panels * count, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = i % count, panel = i / count % output_panels, group = i / count / output_panels;
-        pack_delta(group, first + n, panel * MR,
-                   delta.get() + (group * output_panels + panel) * panel_size + n * shape.rows * MR);
+  const auto pack = [&](int64_t first, int64_t count, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i % count, panel = i / count % output_panels, group = i / count / output_panels;
+      pack_delta(group, first + n, panel * MR,
+                 delta.get() + (group * output_panels + panel) * panel_size + n * shape.rows * MR);
+    }
+  };
+  const auto run = [&](int64_t first, int64_t count, int64_t begin, int64_t end) {
+    const Scratch<T> x(chunk * packed_rows * NR), tile(tile_size);
+    // What waits for its place in Ω, where that is no vectors; and of samples of several blocks, their sums so far.
+    const Scratch<T> totals(omega.column_offset ? most * tile_size : 0);
+    const Scratch<T> partial(shape.rows > block ? most * tile_size : 0);
+    PanelOfX<T> packed{};  // tasks of the same panel follow one another
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t output_block = by_outputs ? task / column_panels : task % output_blocks;
+      const int64_t panel = by_outputs ? task % column_panels : task / output_blocks % column_panels;
+      const int64_t group = task / (output_blocks * column_panels);
+      const int64_t o_begin = first_panel(output_block), o_end = first_panel(output_block + 1);
+      const int64_t columns = std::min(NR, shape.columns - panel * NR);
+      const T* deltas = delta.get() + group * output_panels * panel_size;
+      if (omega.column_offset) std::fill_n(totals.get(), (o_end - o_begin) * tile_size, T(0));
+      const auto each_row = [&](int64_t o, auto f) {
+        for (int64_t i = 0; i < std::min(MR, shape.outputs - o * MR); ++i) f(i * NR, omega.row(group, o * MR + i));
+      };
+      // Ω is met once a block or chunk of samples, and cold by then.
+      const auto prefetch = [&](int64_t o) {
+        constexpr int64_t kLine = 64 / sizeof(T);
+        each_row(o, [&](int64_t, const T* row) {
+          for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(row + panel * NR + c, 1);
+        });
+      };
+      const auto add = [&](int64_t o, const T* sums, Magnitude m) {
+        if (omega.column_offset) return kernel.fold(sums, tile_size, m, totals.get() + (o - o_begin) * tile_size);
+        each_row(o, [&](int64_t i, T* row) { kernel.fold(sums + i, columns, m, row + panel * NR); });
+      };
+      const auto run_panel = [&](const PanelOfX<T>& own, int64_t o, int64_t n, int64_t samples, int64_t row,
+                                 int64_t rows, Magnitude m, T* sums, int64_t stride) {
+        run_tile(deltas + o * panel_size + (n * shape.rows + row) * MR, own, samples, rows, m, sums, stride);
+      };
+      if (packs_chunk && (by_outputs || task == begin || output_block == 0)) {
+        packed = panel_of_x(group, first, count, 0, shape.rows, panel * NR, x.get());
       }
-    });
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      const int64_t tile_size = MR * NR;
-      const int64_t most = ceil_div(output_panels, output_blocks);
-      const Scratch<T> x(chunk * packed_rows * NR);
-      // Sums of |·|, and for samples of several blocks their plain sums so far.
-      const Scratch<T> totals(most * tile_size), partial(most * tile_size);
-      PanelOfX<T> packed{};  // tasks of the same panel follow one another
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t output_block = by_outputs ? task / column_panels : task % output_blocks;
-        const int64_t panel = by_outputs ? task % column_panels : task / output_blocks % column_panels;
-        const int64_t group = task / (output_blocks * column_panels);
-        const int64_t o_begin = output_block * output_panels / output_blocks;
-        const int64_t o_end = (output_block + 1) * output_panels / output_blocks;
-        const int64_t columns = std::min(NR, shape.columns - panel * NR);
-        const T* deltas = delta.get() + group * output_panels * panel_size;
-        std::fill_n(totals.get(), (o_end - o_begin) * tile_size, T(0));
-        // All panels of δ against some rows of some samples of the panel of x, which stay in L1 meanwhile.
-        const auto run_block = [&](const PanelOfX<T>& block_of_x, int64_t n, int64_t samples, int64_t row, int64_t rows,
-                                   Magnitude m, T* sums) {
+      // All panels of δ meet some rows of some samples of the panel of x, which stay in L1 meanwhile.
+      if (shape.rows <= block) {
+        const int64_t step = std::max<int64_t>(block / shape.rows, 1);
+        for (int64_t n = 0; n < count; n += step) {
+          const PanelOfX<T> own = packed.from(n, 0, shape.rows, NR);
           for (int64_t o = o_begin; o < o_end; ++o) {
-            if (!column_offset && n == 0 && row == 0) {
-              prefetch_omega<T>(omega_row, group, o * MR, std::min(o * MR + MR, shape.outputs), panel * NR, columns);
+            const int64_t samples = std::min(step, count - n);
+            if (!omega.column_offset) prefetch(o);
+            if (!omega.column_offset && columns == NR && (o + 1) * MR <= shape.outputs) {
+              run_panel(own, o, n, samples, 0, shape.rows, magnitude, omega.row(group, o * MR) + panel * NR,
+                        omega.stride);
+            } else {
+              std::fill_n(tile.get(), tile_size, T(0));
+              run_panel(own, o, n, samples, 0, shape.rows, magnitude, tile.get(), NR);
+              add(o, tile.get(), Magnitude::kPlain);
             }
-            run_tile(deltas + o * panel_size + (n * shape.rows + row) * MR, block_of_x, samples, rows, m,
-                     sums + (o - o_begin) * tile_size);
-          }
-        };
-        if (packs_chunk && (by_outputs || task == begin || output_block == 0)) {
-          packed = panel_of_x(group, first, count, 0, shape.rows, panel * NR, x.get());
-        }
-        if (shape.rows <= block) {
-          const int64_t step = std::max<int64_t>(block / shape.rows, 1);
-          for (int64_t n = 0; n < count; n += step) {
-            run_block(packed.from(n, 0, shape.rows, NR), n, std::min(step, count - n), 0, shape.rows, magnitude,
-                      totals.get());
-          }
-        } else {
-          for (int64_t n = 0; n < count; ++n) {
-            std::fill_n(partial.get(), (o_end - o_begin) * tile_size, T(0));
-            for (int64_t packed_row = 0; packed_row < shape.rows; packed_row += packed_rows) {
-              const int64_t packed_end = std::min(packed_row + packed_rows, shape.rows);
-              if (!packs_chunk) {
-                packed = panel_of_x(group, first + n, 1, packed_row, packed_end - packed_row, panel * NR, x.get());
-              }
-              for (int64_t row = packed_row; row < packed_end; row += block) {
-                const PanelOfX<T> own =
-                    packs_chunk ? packed.from(n, row, shape.rows, NR) : packed.from(0, row - packed_row, 0, NR);
-                run_block(own, n, 1, row, std::min(block, packed_end - row), Magnitude::kPlain, partial.get());
-              }
-            }
-            kernel.fold(partial.get(), (o_end - o_begin) * tile_size, magnitude, totals.get());
           }
         }
-        for (int64_t o = o_begin * MR; o < std::min(o_end * MR, shape.outputs); ++o) {
-          const T* row = totals.get() + (o - o_begin * MR) * NR;
-          T* const out = omega_row(group, o);
-          if (column_offset) {
-            for (int64_t c = 0; c < columns; ++c) out[column_offset[panel * NR + c]] += row[c];
-          } else {
-            kernel.fold(row, columns, Magnitude::kPlain, out + panel * NR);
+      } else {
+        for (int64_t n = 0; n < count; ++n) {
+          std::fill_n(partial.get(), (o_end - o_begin) * tile_size, T(0));
+          for (int64_t packed_row = 0; packed_row < shape.rows; packed_row += packed_rows) {
+            const int64_t packed_end = std::min(packed_row + packed_rows, shape.rows);
+            if (!packs_chunk) {
+              packed = panel_of_x(group, first + n, 1, packed_row, packed_end - packed_row, panel * NR, x.get());
+            }
+            for (int64_t row = packed_row; row < packed_end; row += block) {
+              const PanelOfX<T> own =
+                  packs_chunk ? packed.from(n, row, shape.rows, NR) : packed.from(0, row - packed_row, 0, NR);
+              for (int64_t o = o_begin; o < o_end; ++o) {
+                run_panel(own, o, n, 1, row, std::min(block, packed_end - row), Magnitude::kPlain,
+                          partial.get() + (o - o_begin) * tile_size, NR);
+              }
+            }
           }
+          for (int64_t o = o_begin; o < o_end; ++o) add(o, partial.get() + (o - o_begin) * tile_size, magnitude);
         }
       }
+      if (!omega.column_offset) continue;
+      for (int64_t o = o_begin; o < o_end; ++o) {
+        const T* const sums = totals.get() + (o - o_begin) * tile_size;
+        each_row(o, [&](int64_t i, T* row) {
+          for (int64_t c = 0; c < columns; ++c) row[omega.column_offset[panel * NR + c]] += sums[i + c];
+        });
+      }
+    }
+  };
+
+  const auto each_chunk = [&](auto f) {
+    for (int64_t first = 0; first < shape.samples; first += chunk) f(first, std::min(chunk, shape.samples - first));
+  };
+  constexpr bool alone = std::is_null_pointer_v<Prepare>;
+  if (alone && by_outputs) {
+    // No thread waits for another.
+    return torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      each_chunk([&](int64_t first, int64_t count) {
+        pack(first, count, first_panel(begin) * count, first_panel(end) * count);
+        run(first, count, begin * column_panels, end * column_panels);
+      });
     });
   }
+  each_chunk([&](int64_t first, int64_t count) {
+    if constexpr (!alone) prepare(first, count);
+    // Packing less than 32 Ki entries is not worth waking a thread.
+    const int64_t grain = ceil_div(32768, shape.rows * MR);
+    torch::stable::parallel_for(0, shape.groups * output_panels * count, grain,
+                                [&](int64_t begin, int64_t end) { pack(first, count, begin, end); });
+    torch::stable::parallel_for(0, shape.groups * column_panels * output_blocks, 1,
+                                [&](int64_t begin, int64_t end) { run(first, count, begin, end); });
+  });
 }
 
 }  // namespace mas_fast::cpu
