@@ -3,9 +3,10 @@
 //
 // Ω is divided among the threads, so nothing is reduced between them and the result does not depend on their number. A
 // thread packs a panel of x (tile_columns wide) for some samples, and runs it against all panels of δ, packed once for
-// all threads. A register tile takes a sample's sum over t and is added, as |·|, to a tile in L1, which goes to Ω at
-// the end. Work: N·T·O·I multiply-adds, plus 2·N·O·I operations for |·|. Memory: δ of a chunk of samples, and a panel
-// per thread; never a product of N and |θ|.
+// all threads. A register tile takes a sample's sum over t and is added, as |·|, to its place in Ω, which stays in L1
+// while some samples meet it; where that is scattered or no whole tile, to a tile beside it. Work: N·T·O·I
+// multiply-adds, plus 2·N·O·I operations for |·|. Memory: δ of a chunk of samples, and a panel per thread; never a
+// product of N and |θ|.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -128,8 +129,9 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
       const auto each_row = [&](int64_t o, auto f) {
         for (int64_t i = 0; i < std::min(MR, shape.outputs - o * MR); ++i) f(i * NR, omega.row(group, o * MR + i));
       };
-      // Ω is met once a block or chunk of samples, and cold by then.
+      // Ω is met once a block of samples, and cold by then.
       const auto prefetch = [&](int64_t o) {
+        if (omega.column_offset) return;
         constexpr int64_t kLine = 64 / sizeof(T);
         each_row(o, [&](int64_t, const T* row) {
           for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(row + panel * NR + c, 1);
@@ -152,14 +154,17 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
         for (int64_t n = 0; n < count; n += step) {
           const PanelOfX<T> own = packed.from(n, 0, shape.rows, NR);
           for (int64_t o = o_begin; o < o_end; ++o) {
-            const int64_t samples = std::min(step, count - n);
-            if (!omega.column_offset) prefetch(o);
-            if (!omega.column_offset && columns == NR && (o + 1) * MR <= shape.outputs) {
-              run_panel(own, o, n, samples, 0, shape.rows, magnitude, omega.row(group, o * MR) + panel * NR,
-                        omega.stride);
+            const auto add_to = [&](T* sums, int64_t stride) {
+              run_panel(own, o, n, std::min(step, count - n), 0, shape.rows, magnitude, sums, stride);
+            };
+            prefetch(o);
+            if (omega.column_offset) {
+              add_to(totals.get() + (o - o_begin) * tile_size, NR);
+            } else if (columns == NR && (o + 1) * MR <= shape.outputs) {
+              add_to(omega.row(group, o * MR) + panel * NR, omega.stride);
             } else {
               std::fill_n(tile.get(), tile_size, T(0));
-              run_panel(own, o, n, samples, 0, shape.rows, magnitude, tile.get(), NR);
+              add_to(tile.get(), NR);
               add(o, tile.get(), Magnitude::kPlain);
             }
           }
@@ -176,6 +181,7 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
               const PanelOfX<T> own =
                   packs_chunk ? packed.from(n, row, shape.rows, NR) : packed.from(0, row - packed_row, 0, NR);
               for (int64_t o = o_begin; o < o_end; ++o) {
+                if (row == 0) prefetch(o);
                 run_panel(own, o, n, 1, row, std::min(block, packed_end - row), Magnitude::kPlain,
                           partial.get() + (o - o_begin) * tile_size, NR);
               }
