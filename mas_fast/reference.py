@@ -13,7 +13,9 @@ parameter, R and S positions before and after it. x is `input`, δ = ∂objectiv
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -149,36 +151,52 @@ def importance_loop(
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         omega = {name: torch.zeros_like(p) for name, p in parameters.items()}
         objectives = sample_objective(objective, (forward or default_forward)(model, batch))
-        for gradients in sample_gradients(objectives, list(parameters.values())):
+        for gradients in sample_gradients(objectives, list(parameters.values()), model):
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     omega[name] += magnitude(gradient, statistic == "square")
     return {name: total / len(objectives) for name, total in omega.items()}
 
 
-def sample_gradients(values: Tensor, parameters: Sequence[Tensor]) -> Iterator[Sequence[Tensor | None]]:
+def sample_gradients(
+    values: Tensor, parameters: Sequence[Tensor], model: nn.Module
+) -> Iterator[Sequence[Tensor | None]]:
     """Walk over ∂value/∂θ of all values [N], of each by a backward of its own; None for a parameter that it misses.
 
     A reentrant activation checkpoint shows `torch.autograd.grad` no parameters: where one is in the graph, gradients
-    are taken from `.grad`, and what was there is put back.
+    are taken from `.grad`, of the model and of what else the graph shows, and what was there is put back.
     """
     nodes = _nodes(values)
     if not any(node.name() == "CheckpointFunctionBackward" for node in nodes):
         for value in values:
             yield torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
         return
-    leaves = {id(t): t for t in (*parameters, *(node.variable for node in nodes if hasattr(node, "variable")))}
+    seen = [node.variable for node in nodes if hasattr(node, "variable")]
     for value in values:
-        own = {key: leaf.grad for key, leaf in leaves.items()}
-        try:
-            for leaf in leaves.values():
-                leaf.grad = None
+        with without_gradients([*parameters, *model.parameters(), *seen]):
             torch.autograd.backward(value, retain_graph=True)
             gradients = [parameter.grad for parameter in parameters]
-        finally:
-            for key, leaf in leaves.items():
-                leaf.grad = own[key]
         yield gradients
+
+
+@contextmanager
+def without_gradients(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Take `.grad` from leaves, and put it back at the end.
+
+    So with hooks on complete gradients: they are for training, and an optimizer may step in them.
+    """
+    own = [(leaf, leaf.grad, leaf._post_accumulate_grad_hooks) for leaf in {id(t): t for t in leaves}.values()]
+    try:
+        for leaf, _, hooks in own:
+            leaf.grad = None
+            if hooks:
+                leaf._post_accumulate_grad_hooks = OrderedDict()  # None would leave them in place
+        yield
+    finally:
+        for leaf, gradient, hooks in own:
+            leaf.grad = gradient
+            if hooks:
+                leaf._post_accumulate_grad_hooks = hooks
 
 
 def _nodes(values: Tensor) -> set[Any]:

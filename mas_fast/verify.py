@@ -314,7 +314,7 @@ def _differentiate(
         if len(values) != each:
             raise ValueError(f"batch must hold {each} samples, got {len(values)}")
         # A sample that goes past all parameters has no graph.
-        for gradients in sample_gradients(values, parameters) if values.requires_grad else ():
+        for gradients in sample_gradients(values, parameters, model) if values.requires_grad else ():
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     total += magnitude(gradient.to(total.dtype), square)

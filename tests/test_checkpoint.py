@@ -145,3 +145,27 @@ def test_the_loop_sees_what_a_reentrant_checkpoint_hides(kind):
     assert x.grad.eq(1).all() and all(p.grad is None for p in model.parameters())
     model.on = False
     assert worst_error(omega, importance_loop(model, x)) <= 1e-12
+
+
+def test_a_model_that_cannot_be_copied_is_left_as_it_was():
+    """Also what only the checkpoint shows, and what would step in the backward."""
+
+    class Fixed(Whole):
+        def __deepcopy__(self, memo):
+            raise TypeError("not to be copied")
+
+    torch.manual_seed(0)
+    model, x = Fixed(CASES["once"], reentrant=True), torch.randn(4, 5, requires_grad=True)
+    model(x)
+    weight = model.block[0].weight
+    weight.grad, before = torch.ones_like(weight), weight.detach().clone()
+    stepped = []
+    weight.register_post_accumulate_grad_hook(stepped.append)
+    names = ["first.weight", "head.weight"]
+    estimate_importance(model, [x], parameters=names)
+    assert not stepped
+    assert verify(model, x, dtype=torch.float32, parameters=names, show=False).passed
+    assert weight.grad.eq(1).all() and model.block[0].bias.grad is None
+    assert weight.equal(before) and not stepped
+    model(x).sum().backward()
+    assert len(stepped) == 1

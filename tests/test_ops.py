@@ -353,6 +353,16 @@ def test_mixed_dtypes():
         check("accumulate_linear_", [omega_of(5, 6, dtype=omega)], (delta, x), {}, 4, 3)
 
 
+def test_samples_are_not_lost_beside_a_large_sum():
+    """Those of a chunk are summed first: at 3e7, float32 knows only even numbers, and a sample adds about 1."""
+    torch.manual_seed(0)
+    delta, x = torch.randn(500, 2, 16), torch.randn(500, 2, 64)
+    omega = torch.full((16, 64), 3e7)
+    ops.accumulate_linear_(omega, delta, x)
+    truth = torch.einsum("nto,nti->noi", delta, x).abs().sum(0)
+    assert (omega - 3e7 - truth).abs().max() <= 2
+
+
 def test_hand_computed_linear():
     omega = torch.tensor([[10.0, 0.0], [0.0, 0.0]])
     delta = torch.tensor([[[1.0, 2.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 0.0]]])

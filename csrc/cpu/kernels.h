@@ -42,14 +42,13 @@ struct Kernels {
   // dst[r, c] = x[base[r] + offset[c]] for c < columns, 0 for columns <= c < tile_columns. dst is [rows, tile_columns].
   void (*pick)(const T* x, const int64_t* base, int64_t rows, const int64_t* offset, int64_t columns, T* dst);
 
-  // tile[o, i] += Σ_n magnitude(Σ_t delta[n, t, o] x[n, t, i]); panels are packed, tile is [tile_rows, tile_columns],
-  // its rows `stride` apart.
-  void (*tile)(const T* delta, const T* x, int64_t samples, int64_t rows, Magnitude magnitude, T* tile, int64_t stride);
+  // tile[o, i] += Σ_n magnitude(Σ_t delta[n, t, o] x[n, t, i]); panels are packed, tile is [tile_rows, tile_columns].
+  void (*tile)(const T* delta, const T* x, int64_t samples, int64_t rows, Magnitude magnitude, T* tile);
 
   // The same with x[n * sample_stride + base[t] + offset[i]]; every vector of `lanes` columns must have consecutive
   // offsets.
   void (*tile_in_place)(const T* delta, const T* x, int64_t sample_stride, const int64_t* base, const int64_t* offset,
-                        int64_t samples, int64_t rows, Magnitude magnitude, T* tile, int64_t stride);
+                        int64_t samples, int64_t rows, Magnitude magnitude, T* tile);
 
   // into[i] += magnitude(from[i])
   void (*fold)(const T* from, int64_t count, Magnitude magnitude, T* into);

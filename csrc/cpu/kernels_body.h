@@ -263,34 +263,29 @@ inline void tile_of_sample(const T* __restrict delta, const Source x, int64_t ro
     }
   }
   for (int m = 0; m < MR; ++m) {
-    for (int v = 0; v < NV; ++v) to(m, v * kWidth<T>, sum[m][v]);
+    for (int v = 0; v < NV; ++v) to((m * NV + v) * kWidth<T>, sum[m][v]);
   }
 }
 template <class T, int MR, int NV, Magnitude M, class Source>
-void tile_for(const T* __restrict delta, const Source source, int64_t samples, int64_t rows, T* __restrict tile,
-              int64_t stride) {
-  const auto add = [=](int64_t row, int64_t column, Vector<T> sum) {
-    T* const to = tile + row * stride + column;
-    store<T>(to, load<T>(to) + magnitude<M, T>(sum));
-  };
+void tile_for(const T* __restrict delta, const Source source, int64_t samples, int64_t rows, T* __restrict tile) {
   for (int64_t n = 0; n < samples; ++n) {
-    tile_of_sample<T, MR, NV>(delta + n * rows * MR, source.sample(n, rows), rows, add);
+    tile_of_sample<T, MR, NV>(delta + n * rows * MR, source.sample(n, rows), rows, [tile](int64_t i, Vector<T> sum) {
+      store<T>(tile + i, load<T>(tile + i) + magnitude<M, T>(sum));
+    });
   }
 }
 
 template <class T, int MR, int NV>
-void tile(const T* delta, const T* x, int64_t samples, int64_t rows, Magnitude m, T* tile, int64_t stride) {
-  with_magnitude(
-      m, [&]<Magnitude M>() { tile_for<T, MR, NV, M, Packed<T, NV>>(delta, {x}, samples, rows, tile, stride); });
+void tile(const T* delta, const T* x, int64_t samples, int64_t rows, Magnitude m, T* tile) {
+  with_magnitude(m, [&]<Magnitude M>() { tile_for<T, MR, NV, M, Packed<T, NV>>(delta, {x}, samples, rows, tile); });
 }
 
 template <class T, int MR, int NV>
 void tile_in_place(const T* delta, const T* x, int64_t sample_stride, const int64_t* base, const int64_t* offset,
-                   int64_t samples, int64_t rows, Magnitude m, T* tile, int64_t stride) {
+                   int64_t samples, int64_t rows, Magnitude m, T* tile) {
   InPlace<T, NV> source{x, sample_stride, base, {}};
   for (int v = 0; v < NV; ++v) source.offset[v] = offset[v * kWidth<T>];
-  with_magnitude(
-      m, [&]<Magnitude M>() { tile_for<T, MR, NV, M, InPlace<T, NV>>(delta, source, samples, rows, tile, stride); });
+  with_magnitude(m, [&]<Magnitude M>() { tile_for<T, MR, NV, M, InPlace<T, NV>>(delta, source, samples, rows, tile); });
 }
 
 template <class T>
@@ -432,9 +427,8 @@ template <class T, int MR, int NV>
 void winograd_sum(const T* delta, int64_t delta_stride, const T* x, int64_t x_stride, int64_t tiles, bool adds,
                   T* sums) {
   for (int64_t point = 0; point < kPoints; ++point, delta += delta_stride, x += x_stride, sums += MR * NV * kWidth<T>) {
-    tile_of_sample<T, MR, NV>(delta, Packed<T, NV>{x}, tiles, [=](int64_t row, int64_t column, Vector<T> sum) {
-      T* const to = sums + row * NV * kWidth<T> + column;
-      store<T>(to, adds ? load<T>(to) + sum : sum);
+    tile_of_sample<T, MR, NV>(delta, Packed<T, NV>{x}, tiles, [=](int64_t i, Vector<T> sum) {
+      store<T>(sums + i, adds ? load<T>(sums + i) + sum : sum);
     });
   }
 }

@@ -3,10 +3,9 @@
 //
 // Ω is divided among the threads, so nothing is reduced between them and the result does not depend on their number. A
 // thread packs a panel of x (tile_columns wide) for some samples, and runs it against all panels of δ, packed once for
-// all threads. A register tile takes a sample's sum over t and is added, as |·|, to its place in Ω, which stays in L1
-// while some samples meet it; where that is scattered or no whole tile, to a tile beside it. Work: N·T·O·I
-// multiply-adds, plus 2·N·O·I operations for |·|. Memory: δ of a chunk of samples, and a panel per thread; never a
-// product of N and |θ|.
+// all threads. A register tile takes a sample's sum over t and is added, as |·|, to the sums of a chunk, which go to Ω
+// at its end: single samples would be lost in float32 beside a large Ω. Work: N·T·O·I multiply-adds, plus 2·N·O·I
+// operations for |·|. Memory: δ of a chunk of samples, and a panel per thread; never a product of N and |θ|.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -67,12 +66,10 @@ struct OmegaRows {
 };
 
 template <class T>
-void run_tile(const T* delta, const PanelOfX<T>& panel, int64_t samples, int64_t rows, Magnitude magnitude, T* tile,
-              int64_t stride) {
+void run_tile(const T* delta, const PanelOfX<T>& panel, int64_t samples, int64_t rows, Magnitude magnitude, T* tile) {
   const Kernels<T>& kernel = kernels_for<T>();
-  if (!panel.base) return kernel.tile(delta, panel.x, samples, rows, magnitude, tile, stride);
-  kernel.tile_in_place(delta, panel.x, panel.sample_stride, panel.base, panel.offset, samples, rows, magnitude, tile,
-                       stride);
+  if (!panel.base) return kernel.tile(delta, panel.x, samples, rows, magnitude, tile);
+  kernel.tile_in_place(delta, panel.x, panel.sample_stride, panel.base, panel.offset, samples, rows, magnitude, tile);
 }
 
 // pack_delta(group, sample, output, dst) writes a packed panel of one sample's δ, zero beyond the group's edge.
@@ -113,10 +110,9 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
     }
   };
   const auto run = [&](int64_t first, int64_t count, int64_t begin, int64_t end) {
-    const Scratch<T> x(chunk * packed_rows * NR), tile(tile_size);
-    // What waits for its place in Ω, where that is no vectors; and of samples of several blocks, their sums so far.
-    const Scratch<T> totals(omega.column_offset ? most * tile_size : 0);
-    const Scratch<T> partial(shape.rows > block ? most * tile_size : 0);
+    const Scratch<T> x(chunk * packed_rows * NR);
+    // Sums of |·| of the chunk, and for samples of several blocks their plain sums so far.
+    const Scratch<T> totals(most * tile_size), partial(shape.rows > block ? most * tile_size : 0);
     PanelOfX<T> packed{};  // tasks of the same panel follow one another
     for (int64_t task = begin; task < end; ++task) {
       const int64_t output_block = by_outputs ? task / column_panels : task % output_blocks;
@@ -125,11 +121,11 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
       const int64_t o_begin = first_panel(output_block), o_end = first_panel(output_block + 1);
       const int64_t columns = std::min(NR, shape.columns - panel * NR);
       const T* deltas = delta.get() + group * output_panels * panel_size;
-      if (omega.column_offset) std::fill_n(totals.get(), (o_end - o_begin) * tile_size, T(0));
+      std::fill_n(totals.get(), (o_end - o_begin) * tile_size, T(0));
       const auto each_row = [&](int64_t o, auto f) {
         for (int64_t i = 0; i < std::min(MR, shape.outputs - o * MR); ++i) f(i * NR, omega.row(group, o * MR + i));
       };
-      // Ω is met once a block of samples, and cold by then.
+      // Ω is met once a chunk, and cold by then.
       const auto prefetch = [&](int64_t o) {
         if (omega.column_offset) return;
         constexpr int64_t kLine = 64 / sizeof(T);
@@ -137,37 +133,23 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
           for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(row + panel * NR + c, 1);
         });
       };
-      const auto add = [&](int64_t o, const T* sums, Magnitude m) {
-        if (omega.column_offset) return kernel.fold(sums, tile_size, m, totals.get() + (o - o_begin) * tile_size);
-        each_row(o, [&](int64_t i, T* row) { kernel.fold(sums + i, columns, m, row + panel * NR); });
-      };
-      const auto run_panel = [&](const PanelOfX<T>& own, int64_t o, int64_t n, int64_t samples, int64_t row,
-                                 int64_t rows, Magnitude m, T* sums, int64_t stride) {
-        run_tile(deltas + o * panel_size + (n * shape.rows + row) * MR, own, samples, rows, m, sums, stride);
+      // All panels of δ against some rows of some samples of the panel of x, which stay in L1 meanwhile.
+      const auto run_block = [&](const PanelOfX<T>& own, int64_t n, int64_t samples, int64_t row, int64_t rows,
+                                 Magnitude m, T* sums) {
+        for (int64_t o = o_begin; o < o_end; ++o) {
+          if (n == 0 && row == 0) prefetch(o);
+          run_tile(deltas + o * panel_size + (n * shape.rows + row) * MR, own, samples, rows, m,
+                   sums + (o - o_begin) * tile_size);
+        }
       };
       if (packs_chunk && (by_outputs || task == begin || output_block == 0)) {
         packed = panel_of_x(group, first, count, 0, shape.rows, panel * NR, x.get());
       }
-      // All panels of δ meet some rows of some samples of the panel of x, which stay in L1 meanwhile.
       if (shape.rows <= block) {
         const int64_t step = std::max<int64_t>(block / shape.rows, 1);
         for (int64_t n = 0; n < count; n += step) {
-          const PanelOfX<T> own = packed.from(n, 0, shape.rows, NR);
-          for (int64_t o = o_begin; o < o_end; ++o) {
-            const auto add_to = [&](T* sums, int64_t stride) {
-              run_panel(own, o, n, std::min(step, count - n), 0, shape.rows, magnitude, sums, stride);
-            };
-            prefetch(o);
-            if (omega.column_offset) {
-              add_to(totals.get() + (o - o_begin) * tile_size, NR);
-            } else if (columns == NR && (o + 1) * MR <= shape.outputs) {
-              add_to(omega.row(group, o * MR) + panel * NR, omega.stride);
-            } else {
-              std::fill_n(tile.get(), tile_size, T(0));
-              add_to(tile.get(), NR);
-              add(o, tile.get(), Magnitude::kPlain);
-            }
-          }
+          run_block(packed.from(n, 0, shape.rows, NR), n, std::min(step, count - n), 0, shape.rows, magnitude,
+                    totals.get());
         }
       } else {
         for (int64_t n = 0; n < count; ++n) {
@@ -180,20 +162,16 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
             for (int64_t row = packed_row; row < packed_end; row += block) {
               const PanelOfX<T> own =
                   packs_chunk ? packed.from(n, row, shape.rows, NR) : packed.from(0, row - packed_row, 0, NR);
-              for (int64_t o = o_begin; o < o_end; ++o) {
-                if (row == 0) prefetch(o);
-                run_panel(own, o, n, 1, row, std::min(block, packed_end - row), Magnitude::kPlain,
-                          partial.get() + (o - o_begin) * tile_size, NR);
-              }
+              run_block(own, n, 1, row, std::min(block, packed_end - row), Magnitude::kPlain, partial.get());
             }
           }
-          for (int64_t o = o_begin; o < o_end; ++o) add(o, partial.get() + (o - o_begin) * tile_size, magnitude);
+          kernel.fold(partial.get(), (o_end - o_begin) * tile_size, magnitude, totals.get());
         }
       }
-      if (!omega.column_offset) continue;
       for (int64_t o = o_begin; o < o_end; ++o) {
         const T* const sums = totals.get() + (o - o_begin) * tile_size;
         each_row(o, [&](int64_t i, T* row) {
+          if (!omega.column_offset) return kernel.fold(sums + i, columns, Magnitude::kPlain, row + panel * NR);
           for (int64_t c = 0; c < columns; ++c) row[omega.column_offset[panel * NR + c]] += sums[i + c];
         });
       }

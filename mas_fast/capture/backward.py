@@ -20,7 +20,7 @@ from mas_fast.capture.joint import Use, add_joint, components
 from mas_fast.capture.layout import Fingerprint, Layout, prove, sample_weights
 from mas_fast.capture.tap import Tap
 from mas_fast.errors import CaptureError
-from mas_fast.reference import magnitude
+from mas_fast.reference import magnitude, without_gradients
 
 if TYPE_CHECKING:
     from mas_fast.capture.session import Capture
@@ -339,10 +339,7 @@ def _no_gradients_left(model: nn.Module | None, watched: Mapping[str, Tensor]) -
     Raises:
         CaptureError: A watched one got a gradient: some use of it was behind no tap.
     """
-    own = [(parameter, parameter.grad) for parameter in (model.parameters() if model is not None else ())]
-    for parameter, _ in own:
-        parameter.grad = None
-    try:
+    with without_gradients(model.parameters() if model is not None else ()):
         yield
         unseen = [name for name, parameter in watched.items() if parameter.grad is not None]
         if unseen:
@@ -351,9 +348,6 @@ def _no_gradients_left(model: nn.Module | None, watched: Mapping[str, Tensor]) -
                 "need one backward per sample, which it does not allow; pass use_reentrant=False to "
                 "torch.utils.checkpoint"
             )
-    finally:
-        for parameter, gradient in own:
-            parameter.grad = gradient
 
 
 def not_finite(names: Sequence[str]) -> str:
