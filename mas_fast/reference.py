@@ -166,14 +166,15 @@ def sample_gradients(
     A reentrant activation checkpoint shows `torch.autograd.grad` no parameters: where one is in the graph, gradients
     are taken from `.grad`, of the model and of what else the graph shows, and what was there is put back.
     """
-    nodes = _nodes(values)
-    if not any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+    nodes = list(graph_nodes(values))
+    if not any(name == "CheckpointFunctionBackward" for _, name, _ in nodes):
         for value in values:
             yield torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
         return
-    seen = [node.variable for node in nodes if hasattr(node, "variable")]
+    seen = [node.variable for node, _, _ in nodes if hasattr(node, "variable")]
+    leaves = [*parameters, *model.parameters(), *seen]
     for value in values:
-        with without_gradients([*parameters, *model.parameters(), *seen]):
+        with without_gradients(leaves):
             torch.autograd.backward(value, retain_graph=True)
             gradients = [parameter.grad for parameter in parameters]
         yield gradients
@@ -199,15 +200,17 @@ def without_gradients(leaves: Iterable[Tensor]) -> Iterator[None]:
                 leaf._post_accumulate_grad_hooks = hooks
 
 
-def _nodes(values: Tensor) -> set[Any]:
-    """Return all nodes of a graph."""
-    seen, stack = set(), [values.grad_fn]
+def graph_nodes(values: Tensor) -> Iterator[tuple[Any, str, str]]:
+    """Walk over all nodes of a graph: each with its name, and with that of a node that uses it."""
+    seen, stack = set(), [(values.grad_fn, "")]
     while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack.extend(function for function, _ in node.next_functions)
-    return seen
+        node, user = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = node.name()
+        yield node, name, user
+        stack.extend((function, name) for function, _ in node.next_functions)
 
 
 def magnitude(gradient: Tensor, square: bool) -> Tensor:

@@ -33,6 +33,7 @@ from mas_fast.capture.trace import Trace
 from mas_fast.errors import CaptureError
 from mas_fast.kernels import products
 from mas_fast.recompute import checkpoint_hook, is_first, is_repeat
+from mas_fast.reference import graph_nodes
 
 if TYPE_CHECKING:
     from mas_fast.capture.session import Capture
@@ -579,17 +580,11 @@ def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, nam
 
 def _reached(values: Tensor) -> tuple[list[tuple[Tensor, str]], set[str], dict[int, Tap]]:
     """Return the leaves that a graph reaches, each with the name of a node that uses it, all names, and taps by id."""
-    leaves, names, taps, seen, stack = [], set(), {}, set(), [(values.grad_fn, "")]
-    while stack:
-        node, user = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        name = node.name()
+    leaves, names, taps = [], set(), {}
+    for node, name, user in graph_nodes(values):
         names.add(name)
         if hasattr(node, "variable"):
             leaves.append((node.variable, user))
         elif hasattr(node, "tap"):
             taps[id(node.tap)] = node.tap
-        stack.extend((function, name) for function, _ in node.next_functions)
     return leaves, names, taps
