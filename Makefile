@@ -5,7 +5,7 @@ PYTHON ?= python3
 MAS_FAST_BUILD ?= auto
 PYTEST_ARGS ?=
 # Tests run in a process for each core, up to four: each imports torch and transformers.
-PYTEST := OMP_NUM_THREADS=1 $(abspath .venv/bin)/pytest -p no:benchmark -n auto --maxprocesses 4
+PYTEST := OMP_NUM_THREADS=1 $(abspath .venv/bin)/pytest -p no:benchmark -n auto --maxprocesses 4 --dist worksteal
 DEMO_ARGS ?= --out demo_results
 BENCH_ARGS ?= --out bench_results --small --compare benchmarks/results
 
@@ -61,10 +61,8 @@ test-installed: $(INSTALLED)
 	@echo "== tests of the package as installed (MAS_FAST_BUILD=$(MAS_FAST_BUILD))"
 	MAS_FAST_TEST_BUILD=$(MAS_FAST_BUILD) $(PYTEST) $(PYTEST_ARGS)
 
-# A wheel as a machine without a compiler gets it. Tests run outside of the tree, so that they import the wheel. Two kinds
-# have run before, on the same code: those of the benchmark's commands, which are no part of it, and the kernels of
-# convolutions in Triton's interpreter, which no compiler changes and which take a tenth of everything; other tests call
-# them here.
+# A wheel as a machine without a compiler gets it. Tests run outside of the tree, so that they import the wheel. Those of
+# the benchmark's commands, which are no part of it, and of the build have run before, on the same code.
 test-python-only: $(INSTALLED)
 	@echo "== tests of the Python-only wheel"
 	rm -rf $(PYTHON_ONLY) && mkdir -p $(PYTHON_ONLY)
@@ -74,7 +72,7 @@ test-python-only: $(INSTALLED)
 	cd $(PYTHON_ONLY) && MAS_FAST_TEST_BUILD=python MAS_FAST_TEST_SITE=$(PYTHON_ONLY)/site \
 	  PYTHONPATH=$(PYTHON_ONLY)/site PYTHONSAFEPATH=1 \
 	  $(PYTEST) --config-file $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests \
-	  --ignore $(CURDIR)/tests/test_bench.py --deselect 'tests/test_gpu.py::test_conv[' $(PYTEST_ARGS)
+	  $(foreach part,bench continual build,--ignore $(CURDIR)/tests/test_$(part).py) $(PYTEST_ARGS)
 
 # In a folder of their own: one of them brings packages named test and benchmarks along.
 $(STAMPS)/peers: pyproject.toml $(INSTALLED)
