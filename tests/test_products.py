@@ -27,6 +27,8 @@ SHAPES = {  # R, I, O
     "several_pieces": (600, 40, 33),
     "several_slabs": (19, 1700, 70),
     "several_groups": (9, 800, 400),
+    "rows_for_each_of_2_threads": (600, 40, 150),
+    "rows_for_each_of_3_threads": (800, 900, 70),
     "no_rows": (0, 3, 4),
     "no_inputs": (5, 0, 4),
     "no_outputs": (5, 3, 0),
@@ -93,13 +95,15 @@ def test_the_op_equals_its_reference(shape, dtype, biased, layout, threads):
 
 
 @compiled
-def test_the_op_has_the_same_bits_for_every_number_of_threads():
+@pytest.mark.parametrize("shape", [(300, 900, 130), (800, 900, 150)], ids=str)
+def test_the_op_has_the_same_bits_for_every_number_of_threads(shape):
     torch.manual_seed(0)
-    x, w = draw(300, 900, dtype=torch.float32), draw(130, 900, dtype=torch.float32)
+    rows, inputs, outputs = shape
+    x, w = draw(rows, inputs, dtype=torch.float32), draw(outputs, inputs, dtype=torch.float32)
     before, results = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(x.new_empty(300, 130))
+        results.append(x.new_empty(rows, outputs))
         ops.linear_(results[-1], x, w)
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

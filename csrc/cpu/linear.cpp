@@ -45,17 +45,22 @@ void run(Tensor& output, const Tensor& input, const Tensor& weight, const std::o
   const int64_t panels = ceil_div(O, NR);
   const int64_t most = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, slab_rows * row_bytes));
   // A small product is cut further, so that all threads have some of it.
-  const int64_t wanted = kTasksPerThread * int64_t(torch::stable::get_num_threads());
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  const int64_t wanted = kTasksPerThread * threads;
   const int64_t fewest = ceil_div(R, kRows);
   const int64_t groups = std::clamp(ceil_div(wanted, fewest), ceil_div(panels, most), panels);
-  const int64_t pieces = std::clamp(ceil_div(wanted, groups), fewest, ceil_div(R, kernel.tile_rows));
+  const int64_t least_pieces = std::clamp(ceil_div(wanted, groups), fewest, ceil_div(R, kernel.tile_rows));
+  // Where groups of panels do not come out even among the threads, each thread has its own rows, of all panels.
+  const bool uneven = groups * least_pieces % threads != 0 || panels % groups != 0;
+  const int64_t parts = uneven && R >= kRows * threads ? threads : 1;
+  const int64_t own_pieces = ceil_div(least_pieces, parts), pieces = parts * own_pieces;
   torch::stable::parallel_for(0, groups * pieces, 1, [&](int64_t begin, int64_t end) {
     const Scratch<T> packed(ceil_div(panels, groups) * NR * slab_rows), zeros(NR);
     std::fill_n(zeros.get(), NR, T(0));
     int64_t held = -1;  // the group whose only slab is packed
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / pieces;
-      const Part own_panels(group, groups, panels), rows(task % pieces, pieces, R);
+      const int64_t group = task / own_pieces % groups, part = task / (own_pieces * groups);
+      const Part own_panels(group, groups, panels), rows(part * own_pieces + task % own_pieces, pieces, R);
       const int64_t first = own_panels.begin * NR, last = std::min(own_panels.end * NR, O);
       for (int64_t slab = 0; slab < slabs; ++slab) {
         const Part k(slab, slabs, I);
