@@ -605,15 +605,15 @@ void gather(Input type, Matrix rows, const int64_t* index, int64_t count, int64_
   });
 }
 
-// R rows of a panel: the sum over k is added to `start`, one row for all, or to what is in out if that is null. Every
-// entry adds up k in the same order, however rows are shared out, and then the sum to what was there: over many blocks
-// of k that loses less than one long sum.
-template <class T, int R, int NV>
+// R rows of NV vectors of a panel of PANEL: the sum over k is added to `start`, one row for all, or to what is in out
+// if that is null. Every entry adds up k in the same order, however rows are shared out, and then the sum to what was
+// there: over many blocks of k that loses less than one long sum.
+template <class T, int R, int NV, int PANEL>
 inline void multiply_panel(const T* a, int64_t a_stride, const T* w, int64_t K, const T* start, T* out,
                            int64_t out_stride) {
   constexpr int64_t W = kWidth<T>;
   Vector<T> sum[R][NV] = {};
-  for (int64_t k = 0; k < K; ++k, w += NV * W) {
+  for (int64_t k = 0; k < K; ++k, w += PANEL * W) {
     Vector<T> columns[NV];
     for (int v = 0; v < NV; ++v) columns[v] = load<T>(w + v * W);
 #pragma GCC unroll 8
@@ -629,24 +629,27 @@ inline void multiply_panel(const T* a, int64_t a_stride, const T* w, int64_t K, 
   }
 }
 
-// The same for `rows` ≤ R rows and all panels.
+// The same for `rows` ≤ R rows and all panels. The last one may be narrower: it goes vector by vector.
 template <class T, int R, int NV>
 void multiply_rows(const T* a, int64_t a_stride, const T* w, int64_t rows, int64_t K, int64_t C, const T* start, T* out,
                    int64_t out_stride) {
   if constexpr (R > 1) {
     if (rows < R) return multiply_rows<T, R - 1, NV>(a, a_stride, w, rows, K, C, start, out, out_stride);
   }
-  constexpr int64_t width = NV * kWidth<T>;
+  constexpr int64_t W = kWidth<T>, width = NV * W;
   int64_t c = 0;
   for (; c + width <= C; c += width, w += K * width) {
-    multiply_panel<T, R, NV>(a, a_stride, w, K, start ? start + c : nullptr, out + c, out_stride);
+    multiply_panel<T, R, NV, NV>(a, a_stride, w, K, start ? start + c : nullptr, out + c, out_stride);
+  }
+  for (; c + W <= C; c += W, w += W) {
+    multiply_panel<T, R, 1, NV>(a, a_stride, w, K, start ? start + c : nullptr, out + c, out_stride);
   }
   if (c == C) return;
-  T edge[R * width] = {};
+  T edge[R * W] = {};
   for (int r = 0; r < R; ++r)
-    std::memcpy(edge + r * width, start ? start + c : out + r * out_stride + c, (C - c) * sizeof(T));
-  multiply_panel<T, R, NV>(a, a_stride, w, K, nullptr, edge, width);
-  for (int r = 0; r < R; ++r) std::memcpy(out + r * out_stride + c, edge + r * width, (C - c) * sizeof(T));
+    std::memcpy(edge + r * W, start ? start + c : out + r * out_stride + c, (C - c) * sizeof(T));
+  multiply_panel<T, R, 1, NV>(a, a_stride, w, K, nullptr, edge, W);
+  for (int r = 0; r < R; ++r) std::memcpy(out + r * out_stride + c, edge + r * W, (C - c) * sizeof(T));
 }
 
 // Rows are shared out evenly: a few left over would keep the multipliers waiting.
