@@ -61,8 +61,8 @@ test-installed: $(INSTALLED)
 	@echo "== tests of the package as installed (MAS_FAST_BUILD=$(MAS_FAST_BUILD))"
 	MAS_FAST_TEST_BUILD=$(MAS_FAST_BUILD) $(PYTEST) $(PYTEST_ARGS)
 
-# A wheel as a machine without a compiler gets it. Tests run outside of the tree, so that they import the wheel. Those of
-# the benchmark's commands, which are no part of it, and of the build have run before, on the same code.
+# A wheel as a machine without a compiler gets it. Tests run outside of the tree, so that they import the wheel, which
+# test_build.py sees to. Those of the benchmark's commands and experiments, which are no part of it, have run before.
 test-python-only: $(INSTALLED)
 	@echo "== tests of the Python-only wheel"
 	rm -rf $(PYTHON_ONLY) && mkdir -p $(PYTHON_ONLY)
@@ -72,7 +72,7 @@ test-python-only: $(INSTALLED)
 	cd $(PYTHON_ONLY) && MAS_FAST_TEST_BUILD=python MAS_FAST_TEST_SITE=$(PYTHON_ONLY)/site \
 	  PYTHONPATH=$(PYTHON_ONLY)/site PYTHONSAFEPATH=1 \
 	  $(PYTEST) --config-file $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests \
-	  $(foreach part,bench continual build,--ignore $(CURDIR)/tests/test_$(part).py) $(PYTEST_ARGS)
+	  $(foreach part,bench continual,--ignore $(CURDIR)/tests/test_$(part).py) $(PYTEST_ARGS)
 
 # In a folder of their own: one of them brings packages named test and benchmarks along.
 $(STAMPS)/peers: pyproject.toml $(INSTALLED)
