@@ -24,8 +24,8 @@ from mas_fast.reference import default_forward, output_tensor
 _BYTES_A_TENSOR = 3 << 19
 # The same where a recurrent layer is, whose steps are calls of their own.
 _BYTES_A_TENSOR_OF_STEPS = 4 << 20
-# What the forward of joined batches keeps for its backward, at most: they shall not be felt in memory.
-_JOINED_BYTES = 2 << 20
+# What joined batches and their forward keep for the backward, at most: they shall not be felt in memory.
+_JOINED_BYTES = 5 << 20
 # From how many batches on joining them is felt.
 _MANY_BATCHES = 16
 # Weights and Ω are read and written once for each chunk: activations of so many times the weights outweigh that.
@@ -138,7 +138,6 @@ class Chunks:
             goes_on = x is not None and waiting and _alike(x, waiting[0]) and sum(map(len, waiting)) + len(x) <= most
             if waiting and not goes_on:
                 yield range(index - len(waiting), index), _joined(waiting)
-                waiting = []
             if x is not None and not goes_on:
                 most = self._most_joined(x)
             if x is None or (not waiting and 2 * len(x) > most):
@@ -155,7 +154,7 @@ class Chunks:
             growth = self._growth_of(x)
         except CaptureError:
             return 0  # what is refused is refused where the batch runs, which is named there
-        return _JOINED_BYTES // sum(growth) if growth else 0
+        return _JOINED_BYTES // (x[0].nbytes + sum(growth)) if growth else 0
 
     def _cut_well(self, batch: Any) -> list[Any]:
         rows = count_rows(batch) or 0
@@ -261,7 +260,10 @@ def _only_input(batch: Any) -> Tensor | None:
 
 
 def _joined(batches: list[Tensor]) -> Tensor:
-    return batches[0] if len(batches) == 1 else torch.cat(batches)
+    """Return batches as one, and empty the list: copies of what a loader gave need not stay beside it."""
+    joined = batches[0] if len(batches) == 1 else torch.cat(batches)
+    batches.clear()
+    return joined
 
 
 def _alike(x: Tensor, other: Tensor) -> bool:

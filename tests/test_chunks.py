@@ -408,7 +408,8 @@ def test_every_case_joined(name):
 def test_joined_batches_stay_within_their_memory(monkeypatch):
     model, data = Seen(), batch(60)
     cutter = chunks.Chunks(model, "auto", is_default=True)
-    monkeypatch.setattr(chunks, "_JOINED_BYTES", 7 * sum(cutter._growth_of(data)))
+    row = data[0].nbytes + sum(cutter._growth_of(data))
+    monkeypatch.setattr(chunks, "_JOINED_BYTES", 7 * row)
     batches = data.split([3, 3, 3, 4, 3, 1, 5, 2, 6, 7, 7, 2, 2, 2, 3, 7])
     joined = list(cutter.join(batches, batches))
     # Of up to seven rows; what has more than half of them when its turn comes, or one, runs as it is.
@@ -416,6 +417,17 @@ def test_joined_batches_stay_within_their_memory(monkeypatch):
     assert [index for numbers, _ in joined for index in numbers] == list(range(16))
     assert torch.equal(torch.cat([x for _, x in joined]), data)
     assert exact(model, batches, truth_of(model, data)) == 60
+
+
+@pytest.mark.parametrize("form", ["list", "loader"])
+def test_joined_inputs_count_too(form):
+    # A forward that keeps 40 bytes of a sample, besides its input of 4 MB.
+    model = nn.Sequential(nn.Linear(1 << 20, 5), nn.Tanh(), nn.Linear(5, 5))
+    data = torch.zeros(1, 1 << 20).expand(64, -1)
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    estimate_importance(model, list(data.split(2)) if form == "list" else loader(data, 2), parameters=["2.weight"])
+    assert max(seen) == 2
 
 
 def test_batches_of_other_shapes_and_dtypes_stay_apart():
