@@ -18,9 +18,9 @@ from mas_fast.kernels import ops
 from mas_fast.machine import cpuinfo
 from mas_fast.recompute import checkpoint_hook
 
-# Below so many multiplications the way to the kernel takes what it saves; below such a width its tiles are not full.
+# Below so many multiplications the way to the kernel takes what it saves; below such a width its vectors are not full.
 LEAST_WORK = 1 << 21
-LEAST_WIDTH = 32
+LEAST_WIDTH = 8
 
 _MMS = frozenset((torch.mm, torch.Tensor.mm))
 _MATMULS = _MMS | {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
