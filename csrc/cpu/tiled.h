@@ -111,8 +111,11 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
   };
   const auto run = [&](int64_t first, int64_t count, int64_t begin, int64_t end) {
     const Scratch<T> x(chunk * packed_rows * NR);
-    // Sums of |·| of the chunk, and for samples of several blocks their plain sums so far.
-    const Scratch<T> totals(most * tile_size), partial(shape.rows > block ? most * tile_size : 0);
+    // Sums of |·| of the chunk, and for samples of several blocks their plain sums so far, unless these are what is
+    // wanted.
+    const bool plain = magnitude == Magnitude::kPlain;
+    const Scratch<T> totals(most * tile_size), partials(shape.rows > block && !plain ? most * tile_size : 0);
+    T* const partial = plain ? totals.get() : partials.get();
     PanelOfX<T> packed{};  // tasks of the same panel follow one another
     for (int64_t task = begin; task < end; ++task) {
       const int64_t output_block = by_outputs ? task / column_panels : task % output_blocks;
@@ -153,7 +156,7 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
         }
       } else {
         for (int64_t n = 0; n < count; ++n) {
-          std::fill_n(partial.get(), (o_end - o_begin) * tile_size, T(0));
+          if (!plain) std::fill_n(partial, (o_end - o_begin) * tile_size, T(0));
           for (int64_t packed_row = 0; packed_row < shape.rows; packed_row += packed_rows) {
             const int64_t packed_end = std::min(packed_row + packed_rows, shape.rows);
             if (!packs_chunk) {
@@ -162,10 +165,10 @@ void accumulate_tiled(const TiledShape& shape, Magnitude magnitude, const PackDe
             for (int64_t row = packed_row; row < packed_end; row += block) {
               const PanelOfX<T> own =
                   packs_chunk ? packed.from(n, row, shape.rows, NR) : packed.from(0, row - packed_row, 0, NR);
-              run_block(own, n, 1, row, std::min(block, packed_end - row), Magnitude::kPlain, partial.get());
+              run_block(own, n, 1, row, std::min(block, packed_end - row), Magnitude::kPlain, partial);
             }
           }
-          kernel.fold(partial.get(), (o_end - o_begin) * tile_size, magnitude, totals.get());
+          if (!plain) kernel.fold(partial, (o_end - o_begin) * tile_size, magnitude, totals.get());
         }
       }
       for (int64_t o = o_begin; o < o_end; ++o) {
