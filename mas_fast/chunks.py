@@ -8,7 +8,7 @@ model spend their time between the calls: joined they give the same Ω, too.
 import math
 import operator
 from collections.abc import Hashable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from mas_fast.reference import default_forward, output_tensor
 _BYTES_A_TENSOR = 3 << 19
 # The same where a recurrent layer is, whose steps are calls of their own.
 _BYTES_A_TENSOR_OF_STEPS = 4 << 20
-# What joined batches and their forward keep for the backward, at most: they shall not be felt in memory.
+# What joined batches, their output, and what is kept for the backward may take: they shall not be felt in memory.
 _JOINED_BYTES = 5 << 20
 # From how many batches on joining them is felt.
 _MANY_BATCHES = 16
@@ -78,6 +78,21 @@ def checked_chunk_size(chunk_size: ChunkSize) -> ChunkSize:
     return size
 
 
+class _Kept(NamedTuple):
+    """What a forward leaves."""
+
+    kept: list[int]  # bytes of each tensor that is kept for the backward
+    output: int  # bytes
+    rows: int  # of the output
+
+
+class _Growth(NamedTuple):
+    """What a sample adds: neither masks nor what is made of weights alone, only what grows with the samples."""
+
+    kept: list[int]  # bytes, of each tensor that is kept for the backward and is no part of the batch
+    output: int  # bytes
+
+
 class Chunks:
     """Cuts batches along their samples.
 
@@ -96,7 +111,7 @@ class Chunks:
         self._weights = sum(p.numel() * p.element_size() for p in own)
         recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._bytes_a_tensor = _BYTES_A_TENSOR_OF_STEPS if recurrent else _BYTES_A_TENSOR
-        self._growths: dict[Hashable, list[int]] = {}
+        self._growths: dict[Hashable, _Growth | None] = {}
 
     def cut(self, batch: Any) -> list[Any]:
         """Return the chunks of a batch, in its order; the batch itself where it is not cut.
@@ -154,7 +169,10 @@ class Chunks:
             growth = self._growth_of(x)
         except CaptureError:
             return 0  # what is refused is refused where the batch runs, which is named there
-        return _JOINED_BYTES // (x[0].nbytes + sum(growth)) if growth else 0
+        if not growth:
+            return 0
+        # The batch is a copy, and the objective keeps the output.
+        return _JOINED_BYTES // max(x[0].nbytes + sum(growth.kept) + growth.output, 1)
 
     def _cut_well(self, batch: Any) -> list[Any]:
         rows = count_rows(batch) or 0
@@ -162,35 +180,31 @@ class Chunks:
         if rows < 4 or not _is_plain(batch):
             return [batch]
         growth = self._growth_of(batch)
-        if not growth:
+        if not growth or not growth.kept:
             return [batch]
-        wanted = max(self._bytes_a_tensor * len(growth), _TIMES_THE_WEIGHTS * self._weights)
-        count = _count_parts(rows, max(2, round(wanted / sum(growth))))
+        wanted = max(self._bytes_a_tensor * len(growth.kept), _TIMES_THE_WEIGHTS * self._weights)
+        count = _count_parts(rows, max(2, round(wanted / sum(growth.kept))))
         if count < 2:
             return [batch]
         return [rows_of(batch, i * rows // count, (i + 1) * rows // count) for i in range(count)]
 
-    def _growth_of(self, batch: Any) -> list[int]:
-        """Return the bytes that a sample adds to each tensor that a forward keeps.
+    def _growth_of(self, batch: Any) -> _Growth | None:
+        """Return what a sample adds to a forward.
 
-        Neither masks nor what is made of weights alone: only what grows with the samples. Nothing if rows cannot run
-        one by one, or are no samples, as those of one bag, or positions that come first.
+        None if rows cannot run one by one, or are no samples, as those of one bag, or positions that come first.
         """
         # Not for every length of a sequence anew: samples within a factor of two of each other count as of one kind.
         kind = kind_of(batch), tuple(tensor[0].numel().bit_length() for tensor in tensors_of(batch))
         if kind not in self._growths:
-            self._growths[kind] = []
+            self._growths[kind] = None
             one, two = (self._run(rows_of(batch, 0, rows)) for rows in (1, 2))
-            if one is not None and two is not None and len(one[0]) == len(two[0]) and (one[1], two[1]) == (1, 2):
-                growth = (after - before for before, after in zip(one[0], two[0], strict=True))
-                self._growths[kind] = [size for size in growth if size > 0]
+            if one and two and len(one.kept) == len(two.kept) and (one.rows, two.rows) == (1, 2):
+                growth = (after - before for before, after in zip(one.kept, two.kept, strict=True))
+                self._growths[kind] = _Growth([size for size in growth if size > 0], two.output - one.output)
         return self._growths[kind]
 
-    def _run(self, batch: Any) -> tuple[list[int], int] | None:
-        """Return the bytes of all that a forward keeps for its backward, and how many rows it returns.
-
-        None if the model refuses the batch.
-        """
+    def _run(self, batch: Any) -> _Kept | None:
+        """Run a forward; None if the model refuses the batch, or only an objective of its own can read the output."""
         kept: dict[int, torch.UntypedStorage] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -204,12 +218,12 @@ class Chunks:
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with torch.enable_grad(), uncompiled(), Refusing(self._model), hooks:
             try:
-                output = default_forward(self._model, batch)
+                returned = output_tensor(default_forward(self._model, batch))
             except UNFIT as error:
                 if isinstance(error, CaptureError):
                     raise
                 return None
-        return [storage.nbytes() for storage in kept.values()], _rows_returned(output)
+        return _Kept([storage.nbytes() for storage in kept.values()], returned.nbytes, len(returned))
 
 
 def _count_parts(rows: int, size: int) -> int:
@@ -222,13 +236,6 @@ def _count_parts(rows: int, size: int) -> int:
     fewer, more = (3 * rows / (4 * size), 4 * rows / (3 * size)) if about < 8 else (0.8 * about, 1.25 * about)
     near = range(math.ceil(fewer), min(math.floor(more), rows // 2) + 1)
     return min((count for count in near if rows % count == 0), key=lambda count: abs(count - about), default=about)
-
-
-def _rows_returned(output: Any) -> int:
-    try:
-        return len(output_tensor(output))
-    except (TypeError, ValueError):
-        return 0  # what only an objective of its own can read
 
 
 def _is_plain(batch: Any) -> bool:

@@ -81,9 +81,9 @@ def estimate_importance(
         chunk_size: Samples of a batch that run at a time; Ω is the same for all, time and memory are not. A number cuts
             every tensor of a batch along its first axis, which must be that of the samples; None runs whole batches.
             "auto" cuts large batches on the CPU, without a `forward` of your own, so that what the forward keeps fits
-            the caches, and joins small ones, of a list, tuple or DataLoader of 16 or more, as long as they and what the
-            forward keeps of them take no more than 5 MiB and the objective is given by name; it measures what is kept
-            on one and on two samples of each kind of batch.
+            the caches, and joins small ones, of a list, tuple or DataLoader of 16 or more, as long as they, their
+            output and what the forward keeps take no more than 5 MiB and the objective is given by name; it measures
+            what is kept on one and on two samples of each kind of batch.
 
     Returns:
         Importance: name -> Ω, with .num_samples and .coverage.

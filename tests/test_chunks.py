@@ -408,7 +408,8 @@ def test_every_case_joined(name):
 def test_joined_batches_stay_within_their_memory(monkeypatch):
     model, data = Seen(), batch(60)
     cutter = chunks.Chunks(model, "auto", is_default=True)
-    row = data[0].nbytes + sum(cutter._growth_of(data))
+    growth = cutter._growth_of(data)
+    row = data[0].nbytes + sum(growth.kept) + growth.output
     monkeypatch.setattr(chunks, "_JOINED_BYTES", 7 * row)
     batches = data.split([3, 3, 3, 4, 3, 1, 5, 2, 6, 7, 7, 2, 2, 2, 3, 7])
     joined = list(cutter.join(batches, batches))
@@ -420,14 +421,23 @@ def test_joined_batches_stay_within_their_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["list", "loader"])
-def test_joined_inputs_count_too(form):
-    # A forward that keeps 40 bytes of a sample, besides its input of 4 MB.
-    model = nn.Sequential(nn.Linear(1 << 20, 5), nn.Tanh(), nn.Linear(5, 5))
-    data = torch.zeros(1, 1 << 20).expand(64, -1)
+@pytest.mark.parametrize("wide", ["inputs", "outputs"])
+def test_what_is_joined_is_counted_with_its_inputs_and_outputs(wide, form):
+    # A forward that keeps 20 bytes of a sample, besides an input or an output of 4 MiB.
+    inputs, outputs = (1 << 20, 5) if wide == "inputs" else (5, 1 << 20)
+    model = nn.Sequential(nn.Linear(inputs, 5), nn.Tanh(), nn.Linear(5, outputs))
+    data = torch.ones(1, inputs).expand(32, -1)
     seen = []
     model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    estimate_importance(model, list(data.split(2)) if form == "list" else loader(data, 2), parameters=["2.weight"])
+    estimate_importance(model, list(data.split(2)) if form == "list" else loader(data, 2), parameters=["0.bias"])
     assert max(seen) == 2
+
+
+def test_batches_of_a_single_layer_are_joined():
+    # Its forward keeps nothing but the batch.
+    model, data = Seen(nn.Linear(5, 3).double()), batch(60)
+    assert exact(model, data.split(3), truth_of(model, data)) == 60
+    assert max(model.rows) == 60
 
 
 def test_batches_of_other_shapes_and_dtypes_stay_apart():
