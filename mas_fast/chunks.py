@@ -7,7 +7,7 @@ model spend their time between the calls: joined they give the same Ω, too.
 
 import math
 import operator
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from mas_fast.reference import default_forward, output_tensor
 _BYTES_A_TENSOR = 3 << 19
 # The same where a recurrent layer is, whose steps are calls of their own.
 _BYTES_A_TENSOR_OF_STEPS = 4 << 20
-# What joined batches, their output, and what is kept for the backward may take: they shall not be felt in memory.
+# What joined batches and all that a forward makes of them may take; the whole pass takes some times as much.
 _JOINED_BYTES = 5 << 20
 # From how many batches on joining them is felt.
 _MANY_BATCHES = 16
@@ -78,11 +78,11 @@ def checked_chunk_size(chunk_size: ChunkSize) -> ChunkSize:
     return size
 
 
-class _Kept(NamedTuple):
-    """What a forward leaves."""
+class _Held(NamedTuple):
+    """What a forward makes."""
 
     kept: list[int]  # bytes of each tensor that is kept for the backward
-    output: int  # bytes
+    made: int  # bytes of all that its calls return or keep
     rows: int  # of the output
 
 
@@ -90,7 +90,26 @@ class _Growth(NamedTuple):
     """What a sample adds: neither masks nor what is made of weights alone, only what grows with the samples."""
 
     kept: list[int]  # bytes, of each tensor that is kept for the backward and is no part of the batch
-    output: int  # bytes
+    made: int  # bytes, of all that is made of it
+
+
+class _Watching(Refusing):
+    """Holds the memory of all that calls return."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a call unless it is refused."""
+        result = super().__torch_function__(func, types, args, kwargs)
+        for tensor in tensors_of(result):
+            # Those of torch.vmap and of some subclasses have no memory of their own.
+            if type(tensor) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                _hold(tensor, self.storages)
+        return result
 
 
 class Chunks:
@@ -112,6 +131,7 @@ class Chunks:
         recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._bytes_a_tensor = _BYTES_A_TENSOR_OF_STEPS if recurrent else _BYTES_A_TENSOR
         self._growths: dict[Hashable, _Growth | None] = {}
+        self._joins = True
 
     def cut(self, batch: Any) -> list[Any]:
         """Return the chunks of a batch, in its order; the batch itself where it is not cut.
@@ -133,15 +153,19 @@ class Chunks:
         starts = range(0, max(rows, 1), self._chunk_size)
         return [rows_of(batch, start, start + self._chunk_size) for start in starts] if len(starts) > 1 else [batch]
 
-    def join(self, data: Any, batches: Iterable[Any]) -> Iterator[tuple[range, Any]]:
-        """Walk over batches, small ones joined; yield which they are, and the batch.
+    def join(
+        self, data: Any, batches: Iterable[Any], worthwhile: Callable[[], bool] = lambda: True
+    ) -> Iterator[tuple[range, list[int], Any]]:
+        """Walk over batches, small ones joined; yield which they are, the rows of each if there are several, the batch.
 
         Only lists, tuples and data loaders are joined: a generator may change the model from batch to batch, as to
-        another head, and must not run ahead. Batches of one sample are not: they may be what keeps samples apart.
+        another head, and must not run ahead. Batches of one sample are not: they may be what keeps samples apart. Nor
+        is the first, which shows whether it is worthwhile.
 
         Args:
             data: Where the batches come from; None if none may be joined.
             batches: The same, perhaps behind a progress bar.
+            worthwhile: Asked before batches are joined, when those before have run.
         """
         loader = isinstance(data, DataLoader)
         many = self.is_auto and (loader or type(data) in (list, tuple)) and _length(data) >= _MANY_BATCHES
@@ -152,16 +176,20 @@ class Chunks:
             x = _only_input(batch) if many else None
             goes_on = x is not None and waiting and _alike(x, waiting[0]) and sum(map(len, waiting)) + len(x) <= most
             if waiting and not goes_on:
-                yield range(index - len(waiting), index), _joined(waiting)
+                yield range(index - len(waiting), index), *_joined(waiting)
             if x is not None and not goes_on:
-                most = self._most_joined(x)
+                most = self._most_joined(x) if index and self._joins and worthwhile() else 0
             if x is None or (not waiting and 2 * len(x) > most):
-                yield range(index, index + 1), batch
+                yield range(index, index + 1), [], batch
             else:
                 # A loader may fill the same memory again.
                 waiting.append(x.clone() if loader else x)
         if waiting:
-            yield range(index + 1 - len(waiting), index + 1), _joined(waiting)
+            yield range(index + 1 - len(waiting), index + 1), *_joined(waiting)
+
+    def stop_joining(self) -> None:
+        """Join no more batches."""
+        self._joins = False
 
     def _most_joined(self, x: Tensor) -> int:
         """Return how many samples batches may be joined to."""
@@ -171,8 +199,7 @@ class Chunks:
             return 0  # what is refused is refused where the batch runs, which is named there
         if not growth:
             return 0
-        # The batch is a copy, and the objective keeps the output.
-        return _JOINED_BYTES // max(x[0].nbytes + sum(growth.kept) + growth.output, 1)
+        return _JOINED_BYTES // max(x[0].nbytes + growth.made, 1)
 
     def _cut_well(self, batch: Any) -> list[Any]:
         rows = count_rows(batch) or 0
@@ -200,30 +227,35 @@ class Chunks:
             one, two = (self._run(rows_of(batch, 0, rows)) for rows in (1, 2))
             if one and two and len(one.kept) == len(two.kept) and (one.rows, two.rows) == (1, 2):
                 growth = (after - before for before, after in zip(one.kept, two.kept, strict=True))
-                self._growths[kind] = _Growth([size for size in growth if size > 0], two.output - one.output)
+                self._growths[kind] = _Growth([size for size in growth if size > 0], two.made - one.made)
         return self._growths[kind]
 
-    def _run(self, batch: Any) -> _Kept | None:
+    def _run(self, batch: Any) -> _Held | None:
         """Run a forward; None if the model refuses the batch, or only an objective of its own can read the output."""
         kept: dict[int, torch.UntypedStorage] = {}
 
         def keep(tensor: Tensor) -> Tensor:
-            if tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()
-                # The storage is held, so that its address stays its own.
-                kept.setdefault(storage.data_ptr(), storage)
+            _hold(tensor, kept)
             # Without its graph: a call that saves its own output would hold itself, for good.
             return tensor.detach()
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with torch.enable_grad(), uncompiled(), Refusing(self._model), hooks:
+        with torch.enable_grad(), uncompiled(), _Watching(self._model) as watching, hooks:
             try:
-                returned = output_tensor(default_forward(self._model, batch))
+                rows = len(output_tensor(default_forward(self._model, batch)))
             except UNFIT as error:
                 if isinstance(error, CaptureError):
                     raise
                 return None
-        return _Kept([storage.nbytes() for storage in kept.values()], returned.nbytes, len(returned))
+        made = sum(storage.nbytes() for storage in {**kept, **watching.storages}.values())
+        return _Held([storage.nbytes() for storage in kept.values()], made, rows)
+
+
+def _hold(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> None:
+    """Hold the memory of a tensor, so that its address stays its own."""
+    if tensor.layout == torch.strided:
+        storage = tensor.untyped_storage()
+        storages.setdefault(storage.data_ptr(), storage)
 
 
 def _count_parts(rows: int, size: int) -> int:
@@ -266,11 +298,12 @@ def _only_input(batch: Any) -> Tensor | None:
     return x if fits else None
 
 
-def _joined(batches: list[Tensor]) -> Tensor:
-    """Return batches as one, and empty the list: copies of what a loader gave need not stay beside it."""
-    joined = batches[0] if len(batches) == 1 else torch.cat(batches)
+def _joined(batches: list[Tensor]) -> tuple[list[int], Tensor]:
+    """Return the rows of several batches and them as one; empty the list, so that a loader's copies do not stay."""
+    rows = [len(batch) for batch in batches] if len(batches) > 1 else []
+    joined = torch.cat(batches) if rows else batches[0]
     batches.clear()
-    return joined
+    return rows, joined
 
 
 def _alike(x: Tensor, other: Tensor) -> bool:

@@ -81,9 +81,10 @@ def estimate_importance(
         chunk_size: Samples of a batch that run at a time; Ω is the same for all, time and memory are not. A number cuts
             every tensor of a batch along its first axis, which must be that of the samples; None runs whole batches.
             "auto" cuts large batches on the CPU, without a `forward` of your own, so that what the forward keeps fits
-            the caches, and joins small ones, of a list, tuple or DataLoader of 16 or more, as long as they, their
-            output and what the forward keeps take no more than 5 MiB and the objective is given by name; it measures
-            what is kept on one and on two samples of each kind of batch.
+            the caches. After the first it joins small ones, of a list, tuple or DataLoader of 16 or more, as long as
+            they and all that the forward makes of them take no more than 5 MiB, no sample takes a backward of its own,
+            and the objective is given by name; a model that does not take more rows than its batches have gets these
+            one by one again. It measures what a forward makes of one and of two samples of each kind of batch.
 
     Returns:
         Importance: name -> Ω, with .num_samples and .coverage.
@@ -129,40 +130,53 @@ def estimate_importance(
         source = data if isinstance(objective, str) else None
         if progress and session.ranks.first:
             data = _with_progress(data, session)
-        for numbers, batch in chunks.join(source, data):
-            try:
-                batch = tree_map_only(Tensor, _normal, _known(batch) if forward is None else batch)
-                parts, alone = chunks.cut(batch), None
-                kind = kind_of(batch)
-                if forward is None and kind not in checked and not session.local:
-                    alone = _objectives_alone(session.model, parts[0], objective)
-                    if alone is not None:
-                        checked.add(kind)
-                    elif chunks.is_auto:
-                        parts = [batch]
-                session.first_sample = 0
-                for part in parts:
-                    session.batch_rows = count_rows(part)
-                    samples = session.batch_rows if len(parts) > 1 or len(numbers) > 1 else None
-                    objectives = partial(_objectives, session.model, part, run, objective, samples)
-                    if alone is None:
-                        session.first_sample += session.accumulate(objectives)
-                    else:
-                        seen: list[Tensor] = []
-                        session.first_sample += session.accumulate(partial(_remembered, objectives, seen))
-                        # Not during the forward, so that this batch runs the same program as all others.
-                        _compare(seen[-1], *alone)
-                        alone = None
-                    if session.local and kind not in checked:
-                        _check_layers(session, part, run, objective)
-                        checked.add(kind)
-                # What was joined goes before the next is.
-                del batch, parts, part, objectives
-            except (ValueError, TypeError, CaptureError, FloatingPointError) as error:
-                if type(error) not in (ValueError, TypeError, CaptureError, FloatingPointError):
-                    raise
-                where = f"batch {numbers[0]}" if len(numbers) == 1 else f"batches {numbers[0]} to {numbers[-1]}, joined"
-                raise type(error)(f"{where}: {error}") from error
+
+        def add(batch: Any, joined: bool = False) -> None:
+            batch = tree_map_only(Tensor, _normal, _known(batch) if forward is None else batch)
+            parts, alone = chunks.cut(batch), None
+            # What is joined has more rows, which a model may treat otherwise.
+            kind = kind_of(batch), joined
+            if forward is None and kind not in checked and not session.local:
+                alone = _objectives_alone(session.model, parts[0], objective)
+                if alone is not None:
+                    checked.add(kind)
+                elif chunks.is_auto:
+                    parts = [batch]
+            session.first_sample = 0
+            for part in parts:
+                session.batch_rows = count_rows(part)
+                samples = session.batch_rows if len(parts) > 1 or joined else None
+                objectives = partial(_objectives, session.model, part, run, objective, samples)
+                if alone is None:
+                    session.first_sample += session.accumulate(objectives)
+                else:
+                    seen: list[Tensor] = []
+                    session.first_sample += session.accumulate(partial(_remembered, objectives, seen))
+                    # Not during the forward, so that this batch runs the same program as all others.
+                    _compare(seen[-1], *alone)
+                    alone = None
+                if session.local and kind not in checked:
+                    _check_layers(session, part, run, objective)
+                    checked.add(kind)
+
+        for numbers, rows, batch in chunks.join(source, data, lambda: not session.runs_alone):
+            batches = [batch]
+            if rows:
+                done = session.num_samples
+                try:
+                    with _located(f"batches {numbers[0]} to {numbers[-1]}, joined"):
+                        add(batch, joined=True)
+                    batches = []
+                except (*UNFIT, FloatingPointError):
+                    if session.broken or session.num_samples > done:
+                        raise
+                    # Nothing was added: perhaps the model does not take so many rows, or one of the batches is bad.
+                    chunks.stop_joining()
+                    batches = list(batch.split(rows))
+            del batch  # what was joined goes before the next is
+            for number in numbers[: len(batches)]:
+                with _located(f"batch {number}"):
+                    add(batches.pop(0))
         return session.importance(objective=name, _final=True)
 
 
@@ -214,6 +228,18 @@ def _of_batches(
         statistic=statistic,
         _own=True,
     )
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Have the errors of this package say which batch they are of."""
+    own = (ValueError, TypeError, CaptureError, FloatingPointError)
+    try:
+        yield
+    except own as error:
+        if type(error) not in own:
+            raise
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _objective_name(objective: Objective) -> str:

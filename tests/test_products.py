@@ -55,6 +55,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(products, "torch_is_slow", lambda: True)
     monkeypatch.setattr(products, "LEAST_WORK", 0)
+    monkeypatch.setattr(products, "FULL_WIDTH", 0)
     monkeypatch.setattr(products, "LEAST_WIDTH", 0)
     monkeypatch.setattr(ops, "linear_", counted)
     return seen
@@ -311,12 +312,30 @@ def test_small_products_are_left_to_torch(calls, monkeypatch):
     monkeypatch.setattr(products, "LEAST_WORK", 5 * 7 * 3 + 1)
     products.run(F.linear, (X, W), {})
     monkeypatch.setattr(products, "LEAST_WORK", 5 * 7 * 3)
-    monkeypatch.setattr(products, "LEAST_WIDTH", 4)
+    monkeypatch.setattr(products, "FULL_WIDTH", 4)
     products.run(F.linear, (X, W), {})
     assert calls == []
-    monkeypatch.setattr(products, "LEAST_WIDTH", 3)
+    monkeypatch.setattr(products, "FULL_WIDTH", 3)
     products.run(F.linear, (X, W), {})
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "ours"),
+    [
+        (768, 400, 10, True),
+        (768, 10, 400, True),
+        (64, 4096, 8, True),
+        (63, 8192, 8, False),
+        (512, 784, 7, False),
+        (2, 65536, 32, True),
+        (2, 131072, 31, False),
+        (255, 256, 32, False),
+        (256, 256, 32, True),
+    ],
+)
+def test_which_products_are_worth_it(rows, inputs, outputs, ours):
+    assert products._fits(torch.empty(rows, inputs), torch.empty(outputs, inputs), None) is ours
 
 
 @pytest.mark.parametrize(

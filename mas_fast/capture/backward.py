@@ -285,6 +285,7 @@ class Backward:
     def _add_joint(self) -> None:
         """Add what is summed over several uses first, unless one of the uses has to be done again."""
         capture = self.capture
+        capture.pulls_back |= any(use.source.derived for use in self._uses)
         for names, uses in components(self._uses):
             if names & self.left:
                 self.left |= names & self.pending

@@ -94,6 +94,7 @@ class Capture:
         self.rules: dict[str, str] = {}  # name -> rules that served it
         self.uses: dict[str, int] = dict.fromkeys(self.parameters, 0)
         self.joint: set[str] = set()  # names whose gradients are summed over several uses before |·|
+        self.pulls_back = False  # gradients of single samples went from derived tensors to parameters
         self.sites: dict[SiteKey, Site] = {}
         self.alike: dict[Hashable, Site] = {}  # of calls in activation checkpoints, by what their repeats show
         self.disjoint: set[tuple[Hashable, str]] = set()  # (trace, name) of uses that share no entry
@@ -145,6 +146,11 @@ class Capture:
         self.broken = False
         self.num_samples += samples
         return samples
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether a backward was run for every sample: through all that samples beside it went through, too."""
+        return bool(self.fallback) or self.pulls_back
 
     def values_of(self, objectives: Callable[[], Tensor]) -> Tensor:
         """Return the objectives [N] of a batch, of a local scope with those of all layers, and add nothing."""

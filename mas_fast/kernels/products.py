@@ -18,9 +18,12 @@ from mas_fast.kernels import ops
 from mas_fast.machine import cpuinfo
 from mas_fast.recompute import checkpoint_hook
 
-# Below so many multiplications the way to the kernel takes what it saves; below such a width its vectors are not full.
+# Below so many multiplications the way to the kernel takes what it saves.
 LEAST_WORK = 1 << 21
+# From this width on the kernel is the faster one for any number of rows; from the least on, for many of them.
+FULL_WIDTH = 32
 LEAST_WIDTH = 8
+MANY_ROWS = 64
 
 _MMS = frozenset((torch.mm, torch.Tensor.mm))
 _MATMULS = _MMS | {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
@@ -101,7 +104,8 @@ def _as_linear(function: Any, *args: Tensor) -> tuple[Tensor, Tensor, Tensor | N
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether a product is worth it, and nothing but the gradient of x may be asked for."""
-    if input.numel() * weight.shape[0] < LEAST_WORK or min(weight.shape) < LEAST_WIDTH:
+    rows = input.shape[:-1].numel()
+    if rows * weight.numel() < LEAST_WORK or min(weight.shape) < (LEAST_WIDTH if rows >= MANY_ROWS else FULL_WIDTH):
         return False
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return False
