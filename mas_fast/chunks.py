@@ -7,7 +7,7 @@ model spend their time between the calls: joined they give the same Ω, too.
 
 import math
 import operator
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,6 +120,9 @@ class Chunks:
         chunk_size: "auto", samples at a time, or None for whole batches.
         is_default: Whether the model is called by `default_forward`. With "auto" nothing else is cut, nor what is not
             on the CPU: a GPU wants large batches.
+
+    Attributes:
+        joins: Whether the batches that come now may be joined.
     """
 
     def __init__(self, model: nn.Module, chunk_size: ChunkSize, is_default: bool) -> None:
@@ -131,7 +134,7 @@ class Chunks:
         recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._bytes_a_tensor = _BYTES_A_TENSOR_OF_STEPS if recurrent else _BYTES_A_TENSOR
         self._growths: dict[Hashable, _Growth | None] = {}
-        self._joins = True
+        self.joins = True
 
     def cut(self, batch: Any) -> list[Any]:
         """Return the chunks of a batch, in its order; the batch itself where it is not cut.
@@ -153,19 +156,16 @@ class Chunks:
         starts = range(0, max(rows, 1), self._chunk_size)
         return [rows_of(batch, start, start + self._chunk_size) for start in starts] if len(starts) > 1 else [batch]
 
-    def join(
-        self, data: Any, batches: Iterable[Any], worthwhile: Callable[[], bool] = lambda: True
-    ) -> Iterator[tuple[range, list[int], Any]]:
+    def join(self, data: Any, batches: Iterable[Any]) -> Iterator[tuple[range, list[int], Any]]:
         """Walk over batches, small ones joined; yield which they are, the rows of each if there are several, the batch.
 
         Only lists, tuples and data loaders are joined: a generator may change the model from batch to batch, as to
         another head, and must not run ahead. Batches of one sample are not: they may be what keeps samples apart. Nor
-        is the first, which shows whether it is worthwhile.
+        is the first, which shows whether `joins` has to be unset.
 
         Args:
             data: Where the batches come from; None if none may be joined.
             batches: The same, perhaps behind a progress bar.
-            worthwhile: Asked before batches are joined, when those before have run.
         """
         loader = isinstance(data, DataLoader)
         many = self.is_auto and (loader or type(data) in (list, tuple)) and _length(data) >= _MANY_BATCHES
@@ -178,7 +178,7 @@ class Chunks:
             if waiting and not goes_on:
                 yield range(index - len(waiting), index), *_joined(waiting)
             if x is not None and not goes_on:
-                most = self._most_joined(x) if index and self._joins and worthwhile() else 0
+                most = self._most_joined(x) if index and self.joins else 0
             if x is None or (not waiting and 2 * len(x) > most):
                 yield range(index, index + 1), [], batch
             else:
@@ -186,10 +186,6 @@ class Chunks:
                 waiting.append(x.clone() if loader else x)
         if waiting:
             yield range(index + 1 - len(waiting), index + 1), *_joined(waiting)
-
-    def stop_joining(self) -> None:
-        """Join no more batches."""
-        self._joins = False
 
     def _most_joined(self, x: Tensor) -> int:
         """Return how many samples batches may be joined to."""

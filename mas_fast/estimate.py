@@ -159,7 +159,7 @@ def estimate_importance(
                     _check_layers(session, part, run, objective)
                     checked.add(kind)
 
-        for numbers, rows, batch in chunks.join(source, data, lambda: not session.runs_alone):
+        for numbers, rows, batch in chunks.join(source, data):
             batches = [batch]
             if rows:
                 done = session.num_samples
@@ -171,12 +171,13 @@ def estimate_importance(
                     if session.broken or session.num_samples > done:
                         raise
                     # Nothing was added: perhaps the model does not take so many rows, or one of the batches is bad.
-                    chunks.stop_joining()
+                    chunks.joins = False
                     batches = list(batch.split(rows))
             del batch  # what was joined goes before the next is
             for number in numbers[: len(batches)]:
                 with _located(f"batch {number}"):
                     add(batches.pop(0))
+            chunks.joins &= not session.runs_alone
         return session.importance(objective=name, _final=True)
 
 
