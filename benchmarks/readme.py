@@ -92,16 +92,6 @@ def times_as_fast(passes: dict[tuple[str, str], Row], case: str) -> float | None
     return None if peer is None else peer["ratio_p50"] / passes[case, OURS]["ratio_p50"]
 
 
-def last_cells(passes: dict[tuple[str, str], Row], case: str) -> list[str]:
-    """Return what a table of passes ends with: times as fast as the best peer, error, peak memory and its bar."""
-    ours, factor = passes[case, OURS], times_as_fast(passes, case)
-    return [
-        "–" if factor is None else f"**{times(factor)}×**",
-        f"{ours['error']:.0e}",
-        f"{ours['peak_mib']:.0f} / {ours['peak_bar_mib']:.0f}",
-    ]
-
-
 def kernels_of(row: Row) -> str:
     """Return what ran, as "C++ (avx2)"."""
     return ", ".join(sorted(set(row["implementations"].values())))
@@ -140,6 +130,7 @@ def passes_table(rows: list[Row]) -> list[str]:
         ours = passes.get((case, "mas_fast"))
         if ours is None:
             continue
+        factor = times_as_fast(passes, case)
         cells = [
             f"**{times(ours['ratio_p50'])}**",
             *(
@@ -147,30 +138,36 @@ def passes_table(rows: list[Row]) -> list[str]:
                 for known, method in ((single, "mas_fast"), (passes, "mas_fast_python"))
             ),
             *(cell_of(passes.get((case, method))) for method in PEERS),
-            *last_cells(passes, case),
+            "–" if factor is None else f"**{times(factor)}×**",
+            f"{ours['error']:.0e}",
+            f"{ours['peak_mib']:.0f} / {ours['peak_bar_mib']:.0f}",
         ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
 
 
-def other_machine_table(rows: list[Row]) -> list[str]:
-    """Return what whole passes cost on another machine, beside the best of the other methods there."""
-    passes = pass_rows(rows)
-    row = next(row for row in rows if row["method"] == OURS)
-    cases = {case: (passes[case, OURS], best_peer(passes, case)) for case in TITLES if (case, OURS) in passes}
+def other_machines_table(machines: list[list[Row]]) -> list[str]:
+    """Return what whole passes cost on other machines, a column each, beside the best of the other methods there."""
+    columns = [pass_rows(rows) for rows in machines]
+    heads = [next(row for row in passes.values() if row["method"] == OURS) for passes in columns]
+    said = [f"{head['machine']['cpu']}, {kernels_of(head)}, {head['date'][:10]}" for head in heads]
     lines = [
-        f"| {row['machine']['cpu']}, {kernels_of(row)}, {row['date'][:10]} | mas_fast | best other exact method "
-        "| faster than it | error | peak MiB / backward + Ω |",
-        "|---|---|---|---|---|---|",
+        f"| cost; times as fast as the best other exact method | {' | '.join(said)} |",
+        "|---" * (len(said) + 1) + "|",
     ]
-    for case, (ours, peer) in cases.items():
-        cells = [
-            f"**{times(ours['ratio_p50'])}**",
-            "–" if peer is None else f"{times(peer['ratio_p50'])}, {PEERS[peer['method']]}",
-            *last_cells(passes, case),
-        ]
-        lines.append(f"| {TITLES[case]} | {' | '.join(cells)} |")
+    for case, title in TITLES.items():
+        cells = [other_machine_cell(passes, case) for passes in columns]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
+
+
+def other_machine_cell(passes: dict[tuple[str, str], Row], case: str) -> str:
+    """Return our cost on a case, and how many times as fast as which best peer that is."""
+    ours, peer = passes.get((case, OURS)), best_peer(passes, case)
+    if ours is None:
+        return "–"
+    beside = "" if peer is None else f"; {times(times_as_fast(passes, case))}× {PEERS[peer['method']]}"
+    return f"**{times(ours['ratio_p50'])}**{beside}"
 
 
 def cell_of(row: Row | None) -> str:
@@ -212,20 +209,27 @@ def batch_mode_line(rows: list[Row]) -> str:
     )
 
 
-def summary(rows: list[Row], growth: list[Row]) -> str:
-    """Return what the measurements say, in two sentences."""
-    passes = pass_rows(rows)
-    compared = {case: times_as_fast(passes, case) for case in TITLES if (case, OURS) in passes}
-    factors = {case: factor for case, factor in compared.items() if factor is not None}
-    cases = list(factors)
-    ratios = [passes[case, OURS]["ratio_p50"] for case in cases]
-    slower = [SHORT_TITLES[case] for case in cases if factors[case] < 1]
+def summary(machines: list[list[Row]], growth: list[Row]) -> str:
+    """Return what the measurements say, in two sentences: passes of all machines, growth of the one quoted."""
+    ours: list[Row] = []
+    factors: list[float] = []
+    slower: list[str] = []
+    for passes in map(pass_rows, machines):
+        for case in TITLES:
+            factor = times_as_fast(passes, case) if (case, OURS) in passes else None
+            if factor is not None:
+                ours.append(passes[case, OURS])
+                factors.append(factor)
+                slower += [f"{SHORT_TITLES[case]} ({ours[-1]['machine']['cpu']})"] if factor < 1 else []
     fastest = "in every case" if not slower else f"in all cases but {', '.join(slower)}"
-    cost, factor = (f"{times(min(values))} to {times(max(values))}" for values in (ratios, list(factors.values())))
-    batches = [passes[case, OURS]["num_batches"] for case in cases]
+    cost, factor_range = (
+        f"{times(min(values))} to {times(max(values))}" for values in ([row["ratio_p50"] for row in ours], factors)
+    )
+    batches = [row["num_batches"] for row in ours]
     first = (
-        f"In passes over {min(batches)} to {max(batches)} batches, mas_fast is the fastest exact method {fastest}: it "
-        f"costs {cost} ordinary batched backwards, and is {factor} times as fast as the best other one."
+        f"In passes over {min(batches)} to {max(batches)} batches, mas_fast is the fastest exact method {fastest} on "
+        f"each of {len(machines)} processors: it costs {cost} ordinary batched backwards, and is {factor_range} times "
+        "as fast as the best other one."
     )
     lines = {
         curve: line_of(growth, curve, OURS)
@@ -354,7 +358,7 @@ def numbers(
     machine, versions = row["machine"], row["versions"]
     peers = " and ".join(f"{name} {versions[name]}" for name in ("opacus", "backpack-for-pytorch") if name in versions)
     lines = [
-        summary(rows, growth),
+        summary([rows, *others], growth),
         "",
         "![Cost of every method by case; cost by N and T; memory by N](benchmarks/figures/performance.png)",
         "",
@@ -371,11 +375,12 @@ def numbers(
         "",
         batch_mode_line(rows),
         "",
-        "On other processors, with the code of that day (the one above is a Zen 5, family 25 model 17 a Zen 4); "
-        "without AVX-512, with chunks of the peers that were chosen less carefully "
-        "([how](benchmarks/README.md#what-a-row-means)):",
+        "On other processors, with the code of that day (the one above is a Zen 5, family 25 model 17 a Zen 4; "
+        "without AVX-512, with chunks of the peers that were chosen less carefully: "
+        "[how](benchmarks/README.md#what-a-row-means)):",
         "",
-        *[line for other in others for line in (*other_machine_table(other), "")],
+        *other_machines_table(others),
+        "",
         *steps_table(steps),
         "",
         state_line(state),
