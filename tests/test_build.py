@@ -56,6 +56,8 @@ assert torch.ops.build_probe.count(torch.zeros(2, 3)) == 6
 assert torch._C._dispatch_has_kernel_for_dispatch_key("build_probe::count", "CUDA") == (sys.argv[2] == "cuda")
 """
 
+PYTHON_FILES = {"mas_fast/__init__.py", "mas_fast/py.typed"}
+
 
 @pytest.fixture
 def tree(tmp_path):
@@ -68,6 +70,7 @@ def tree(tmp_path):
         shutil.copy(ROOT / name, root / name)
     (root / "README.md").write_text("")
     (root / "mas_fast/__init__.py").write_text('__version__ = "1.2.3"\n')
+    (root / "mas_fast/py.typed").touch()
     (root / "csrc/cpu/op.cpp").write_text(OP_SOURCE)
     (root / "csrc/cuda/op.cu").write_text(CUDA_SOURCE)
     (root / "csrc/cpu/op_avx2.cpp").write_text("")
@@ -125,6 +128,10 @@ def plant_libraries(tree):
 def test_the_package_under_test_is_the_one_asked_for():
     expected = Path(os.environ.get("MAS_FAST_TEST_SITE", ROOT)).resolve()
     assert PACKAGE_DIR == expected / "mas_fast"
+
+
+def test_the_package_tells_type_checkers_that_it_is_annotated():
+    assert (PACKAGE_DIR / "py.typed").is_file()
 
 
 def test_the_build_under_test_runs_what_it_should():
@@ -299,7 +306,7 @@ def test_a_python_wheel_holds_no_library_and_no_removed_module(tree):
     removed.write_text("")
     wheel, names, output = build_wheel(tree, "python")
     assert wheel.name == "mas_fast-1.2.3-py3-none-any.whl"
-    assert names == {"mas_fast/__init__.py"}
+    assert names == PYTHON_FILES
     assert "Python-only build, as MAS_FAST_BUILD=python asks" in output
     # A wheel is built for somebody else: the tree's own editable build stays usable.
     assert all(path.exists() for path in planted)
@@ -318,7 +325,7 @@ def test_auto_mode_without_a_compiler_builds_for_python_and_says_why(tree, monke
     monkeypatch.setenv("CXX", "absent-compiler")
     wheel, names, output = build_wheel(tree, "auto")
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert names == {"mas_fast/__init__.py"}
+    assert names == PYTHON_FILES
     assert "Python-only build; the compiled kernels need what was not found:" in output
     assert "  - a C++20 compiler: tried absent-compiler;" in output
 
@@ -368,10 +375,10 @@ def test_a_failing_compile_is_an_error_with_the_way_out(tree, mode):
 @pytest.mark.slow
 def test_switching_modes_back_and_forth_leaves_nothing_behind(tree, tmp_path):
     wheel, names, _ = build_wheel(tree, "auto")
-    libraries = sorted(names - {"mas_fast/__init__.py"})
+    libraries = sorted(names - PYTHON_FILES)
     assert [Path(name).name.split(".")[0] for name in libraries] == ["_C", "_kernels"]
     assert wheel.name.startswith(f"mas_fast-1.2.3-cp{sys.version_info[0]}{sys.version_info[1]}-")
-    assert build_wheel(tree, "python")[1] == {"mas_fast/__init__.py"}
+    assert build_wheel(tree, "python")[1] == PYTHON_FILES
     wheel, again, _ = build_wheel(tree, "cpu")
     assert again == names
 
