@@ -5,7 +5,7 @@
 `importance_loop` is that formula for a whole model, one sample at a time: slow, obviously right, and what the tests
 call truth. The `accumulate_*_` functions are the same sum for one layer, when its input x and the gradient δ of its
 output are known for a whole batch; compiled kernels replace them, and are tested against them. Nothing of ours is
-imported here.
+imported here, but the way around an error of torch's own.
 
 Letters: N samples, T positions per sample, O outputs, I inputs, V vocabulary, D embedding width, K entries of a vector
 parameter, R and S positions before and after it. x is `input`, δ = ∂objective/∂output is `grad_output`.
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+from mas_fast.batch_norm import RightBatchNorm
 
 # A chunk of per-sample gradients that the reference kernels may hold at once: 64 MiB in float32.
 CHUNK_ENTRIES = 1 << 24
@@ -141,7 +143,7 @@ def importance_loop(
     Returns:
         Name -> Ω, in the dtype of the (converted) parameters, for every parameter that requires a gradient.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), RightBatchNorm():
         model = copy.deepcopy(model).eval()
         # What was made in inference mode cannot be saved for a backward; a clone can.
         batch = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, batch)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from mas_fast.batch_norm import RightBatchNorm
 from mas_fast.capture.session import uncompiled
 from mas_fast.checks import DTYPES
 from mas_fast.chunks import count_rows, rows_of
@@ -310,7 +311,8 @@ def _differentiate(
     parameters = [every[name] for name in names]
     sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     for batch in batches:
-        values = sample_objective(objective, run(model, batch))
+        with RightBatchNorm():
+            values = sample_objective(objective, run(model, batch))
         if len(values) != each:
             raise ValueError(f"batch must hold {each} samples, got {len(values)}")
         # A sample that goes past all parameters has no graph.
