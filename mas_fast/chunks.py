@@ -170,13 +170,15 @@ class Chunks:
         loader = isinstance(data, DataLoader)
         many = self.is_auto and (loader or type(data) in (list, tuple)) and _length(data) >= _MANY_BATCHES
         waiting: list[Tensor] = []
+        held = 0  # rows that wait
         most = 0  # rows that may wait for each other
         index = -1
         for index, batch in enumerate(batches):
             x = _only_input(batch) if many else None
-            goes_on = x is not None and waiting and _alike(x, waiting[0]) and sum(map(len, waiting)) + len(x) <= most
+            goes_on = x is not None and waiting and _alike(x, waiting[0]) and held + len(x) <= most
             if waiting and not goes_on:
                 yield range(index - len(waiting), index), *_joined(waiting)
+                held = 0
             if x is not None and not goes_on:
                 most = self._most_joined(x) if index and self.joins else 0
             if x is None or (not waiting and 2 * len(x) > most):
@@ -184,6 +186,7 @@ class Chunks:
             else:
                 # A loader may fill the same memory again.
                 waiting.append(x.clone() if loader else x)
+                held += len(x)
         if waiting:
             yield range(index + 1 - len(waiting), index + 1), *_joined(waiting)
 

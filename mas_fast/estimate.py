@@ -1,5 +1,6 @@
 """estimate_importance: the pass over a data set, and `capture`, the same for people who own their loop."""
 
+import copy
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -8,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import Dataset, IterableDataset
 
+from mas_fast.batch_norm import RightBatchNorm
 from mas_fast.capture.backward import not_finite
+from mas_fast.capture.call import tensors_in
 from mas_fast.capture.refuse import Refusing
 from mas_fast.capture.session import MEMORY_BUDGET, Capture, uncompiled
 from mas_fast.checks import DTYPES, one_of
@@ -44,7 +48,7 @@ def estimate_importance(
     """Compute Ω = (1/N) Σ_n |∂objective(F(x_n; θ))/∂θ|, exactly, in one pass over unlabelled data.
 
     The result does not depend on how the samples are batched. The model runs in eval mode and is left as it was found,
-    also after an error: parameters, buffers, gradients, mode and random state.
+    also after an error: parameters, buffers, gradients, mode, random state, and caches of what it made of parameters.
 
     A model in DistributedDataParallel or under fully_shard gives the Ω of the samples of all its ranks. All must call
     this, each with its own batches, of which one rank may have more than another, or none. They wait for each other at
@@ -207,7 +211,7 @@ def _of_batches(
     samples = batches = 0
     if progress:
         data = _progress_bar(data)
-    with _left_as_found(inner), torch.inference_mode(False), torch.enable_grad():
+    with _left_as_found(inner), torch.inference_mode(False), torch.enable_grad(), RightBatchNorm():
         for batch in data:
             values = _objectives(inner, tree_map_only(Tensor, _normal, batch), run, objective)
             gradients = torch.autograd.grad(values.mean(), list(selected.values()), allow_unused=True)
@@ -250,6 +254,11 @@ def _objective_name(objective: Objective) -> str:
 def _check_data(data: Any) -> None:
     if isinstance(data, Tensor):
         raise TypeError("data must be an iterable of batches, got a tensor, whose rows are no batches; pass [data]")
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise TypeError(
+            f"data must be an iterable of batches, got {type(data).__name__}, which gives single samples; pass "
+            "DataLoader(data, batch_size=64), or batch_size=None if its items are batches"
+        )
 
 
 class Session(Capture):
@@ -443,6 +452,7 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     slots = {module: dict(module._buffers) for module in model.modules()}
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    kept = {module: _kept(module) for module in model.modules()}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices):
         model.eval()
@@ -451,6 +461,8 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes.items():
                 module.training = training
+            for module, attributes in kept.items():
+                _put_back(module, attributes)
             with torch.no_grad():
                 for module, own in slots.items():
                     module._buffers.clear()
@@ -461,6 +473,35 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
                     # Not by version, which changes through .data do not raise.
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
+
+
+# Of every module: parameters, buffers, hooks and the like.
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def _kept(module: nn.Module) -> dict[str, Any]:
+    """Return a module's own attributes, and what is in those that are lists or dicts."""
+    own = {key: value for key, value in vars(module).items() if key not in _OF_MODULES}
+    return {key: copy.copy(value) if type(value) in (list, dict) else value for key, value in own.items()}
+
+
+def _put_back(module: nn.Module, kept: Mapping[str, Any]) -> None:
+    """Take from a module what a forward has kept of its graph, as in a cache: it is of no use, and cannot be copied."""
+    for key, value in _kept(module).items():
+        before = kept.get(key)
+        known = {id(t) for t in tensors_in(before)}
+        if not any(t.grad_fn is not None and id(t) not in known for t in tensors_in(value)):
+            continue
+        own = vars(module)
+        if key not in kept:
+            del own[key]
+        elif type(value) is type(before) is dict:
+            own[key].clear()
+            own[key].update(before)
+        elif type(value) is type(before) is list:
+            own[key][:] = before
+        else:
+            own[key] = before
 
 
 def _normal(tensor: Tensor) -> Tensor:

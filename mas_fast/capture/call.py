@@ -43,7 +43,8 @@ def changes_its_arguments(function: Any, kwargs: Mapping[str, Any]) -> bool:
     name = getattr(function, "__name__", "")
     written = name.endswith("_") and not name.endswith("__")
     inplace = name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__index__", "__int__")
-    return written or inplace or name in ("__setitem__", "__set__") or kwargs.get("out") is not None
+    asked = kwargs.get("out") is not None or bool(kwargs.get("inplace"))
+    return asked or written or inplace or name in ("__setitem__", "__set__")
 
 
 def call(

@@ -21,6 +21,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from mas_fast import batch_norm
 from mas_fast.capture.binding import RULES, Binding, bind
 from mas_fast.capture.broadcast import EXPANSIONS
 from mas_fast.capture.call import call, changes_its_arguments, replaced, tensors_in
@@ -97,6 +98,7 @@ class Forward(TorchFunctionMode):
         self.token = torch.zeros((), requires_grad=True)
         self._tracked: dict[int, Tracked] = {}
         self._constants: dict[int, Tensor] = {}  # made in this forward from no data
+        self._free: dict[int, Tensor] = {}  # the same, with a graph: constants once detached
         self._wanted = {id(p) for p in capture.parameters.values()}
         self._cuts: dict[int, tuple[Tensor, Tensor]] = {}  # of a local scope: what a layer returned, and it detached
         self._layer_norms: list[Tensor] = []  # of the same, ‖·‖² by entry of its first axis
@@ -113,6 +115,7 @@ class Forward(TorchFunctionMode):
         self.unreached.clear()
         self._tracked.clear()
         self._constants.clear()
+        self._free.clear()
         self._cuts.clear()
         self._layer_norms.clear()
 
@@ -152,7 +155,7 @@ class Forward(TorchFunctionMode):
             # Of a layer that is not measured: those before it end here all the same.
             args, kwargs = replaced(list(args), self._cut), replaced(dict(kwargs), self._cut)
         if not used or not torch.is_grad_enabled():
-            result = products.run(func, args, kwargs)
+            result = _run(func, args, kwargs)
             self._note_constant(func, args, kwargs, result)
             return result
         site = self._site(func, used, args, kwargs)
@@ -264,11 +267,15 @@ class Forward(TorchFunctionMode):
     def _note_constant(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Remember what was made from no data. An error here costs time only: what is derived is exact anyway."""
         if func not in _MAKERS:
-            for t in tensors_in(args if not kwargs else [*args, *kwargs.values()]):
-                if not self._is_constant(t):
+            # What only lends its dtype leaves no data.
+            given = args[:1] if func in LENDING else args if not kwargs else [*args, *kwargs.values()]
+            for t in tensors_in(given):
+                if not (self._is_constant(t) or id(t) in self._free or id(t) in self._tracked):
+                    if changes_its_arguments(func, kwargs):
+                        self._free.pop(id(args[0]) if args else 0, None)
                     return
         for t in tensors_in(result):
-            self._constants[id(t)] = t
+            (self._free if t.requires_grad and not t.is_leaf else self._constants)[id(t)] = t
 
     # The ways
 
@@ -277,8 +284,10 @@ class Forward(TorchFunctionMode):
             return COMPOSITES[func](*args, **kwargs)
 
     def _lend(self, func: Any, args: Any, kwargs: Any, used: Mapping[int, Tracked], site: Site) -> Any:
-        args, kwargs = _detached(args, kwargs, used)
-        return func(*args, **kwargs)
+        detached, named = _detached(args, kwargs, used)
+        result = func(*detached, **named)
+        self._note_constant(func, args, kwargs, result)
+        return result
 
     def _by_rule(self, func: Any, args: Any, kwargs: Any, used: Mapping[int, Tracked], site: Site) -> Any:
         binding = bind(func, args, kwargs)
@@ -346,7 +355,9 @@ class Forward(TorchFunctionMode):
             return _UNFIT
         seen = [source.tensor for tap in self.taps for source in tap.roles.values()]
         others = [source.tensor for source in self._tracked.values() if source.tensor is not target]
-        if target._base is not None or any(t is target for t in seen) or any(t._base is target for t in others):
+        base = target._base  # that of a call which returns a view of what only it has seen is nobody else's
+        shared = base is not None and any(t is base or t._base is base for t in (*others, *self._constants.values()))
+        if shared or any(t is target for t in seen) or any(t._base is target for t in others):
             return _UNFIT
         edited = used.get(id(target))
         names = tuple(dict.fromkeys(name for source in used.values() for name in source.names))
@@ -379,10 +390,11 @@ class Forward(TorchFunctionMode):
                 f"parameters must not be used inside of torch.vmap, got {', '.join(sorted(site_names(used)))} in "
                 f"{site.call}; call the function on the whole batch"
             )
+        given = args, kwargs
         args, kwargs = _detached(args, kwargs, used)
         if self.capture.local:
             args, kwargs = replaced(args, self._cut), replaced(kwargs, self._cut)
-        output, *computed = binding.run(*args, **kwargs) if binding.run else [products.run(func, args, kwargs)]
+        output, *computed = binding.run(*args, **kwargs) if binding.run else [_run(func, args, kwargs)]
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return _UNFIT
         self.half |= output.dtype == torch.float16
@@ -408,7 +420,9 @@ class Forward(TorchFunctionMode):
             self.taps.append(tap)
         # Bias alone needs nothing of the forward.
         saved = [] if roles.keys() == {"bias"} else [t.detach() for t in (*binding.saved, *computed)]
-        return TapFunction.apply(output, self.token, tap, saved, binding.inplace, binding.view)
+        result = TapFunction.apply(output, self.token, tap, saved, binding.inplace, binding.view)
+        self._note_constant(func, *given, result)
+        return result
 
     # Layers of a local scope: each ends where the next call with parameters begins
 
@@ -526,6 +540,11 @@ _WAYS: dict[str, Callable[..., Any]] = {
     "hook": Forward._hook,
     "derive": Forward._derive,
 }
+
+
+def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    of_one = batch_norm.is_of_one(func, args, kwargs)
+    return batch_norm.run(func, args, kwargs) if of_one else products.run(func, args, kwargs)
 
 
 def site_names(used: Mapping[int, Tracked]) -> set[str]:
