@@ -1,5 +1,9 @@
 """What torch's activation checkpoints do with the calls at hand."""
 
+import types
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 
@@ -17,3 +21,20 @@ def is_first(hook: str) -> bool:
 def is_repeat(hook: str) -> bool:
     """Return whether calls are those of the backward."""
     return hook.startswith("_recomputation_hook")
+
+
+def opened(function: Any) -> Callable[..., Any]:
+    """Return a function of torch's that runs its code at once, whoever watches."""
+    seen_by_nobody = {"has_torch_function": lambda *_: False, "has_torch_function_variadic": lambda *_: False}
+    inner = types.FunctionType(
+        function.__code__, {**function.__globals__, **seen_by_nobody}, function.__name__, function.__defaults__
+    )
+    inner.__kwdefaults__ = function.__kwdefaults__
+    return inner
+
+
+# Backwards, in which activation checkpoints make calls again.
+BACKWARDS: dict[Any, Callable[..., Any]] = {
+    torch.autograd.grad: opened(torch.autograd.grad),
+    torch.autograd.backward: opened(torch.autograd.backward),
+}

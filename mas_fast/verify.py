@@ -310,16 +310,16 @@ def _differentiate(
     every = named_parameters(model)
     parameters = [every[name] for name in names]
     sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
-    for batch in batches:
-        with RightBatchNorm():
+    with RightBatchNorm():
+        for batch in batches:
             values = sample_objective(objective, run(model, batch))
-        if len(values) != each:
-            raise ValueError(f"batch must hold {each} samples, got {len(values)}")
-        # A sample that goes past all parameters has no graph.
-        for gradients in sample_gradients(values, parameters, model) if values.requires_grad else ():
-            for total, gradient in zip(sums, gradients, strict=True):
-                if gradient is not None:
-                    total += magnitude(gradient.to(total.dtype), square)
+            if len(values) != each:
+                raise ValueError(f"batch must hold {each} samples, got {len(values)}")
+            # A sample that goes past all parameters has no graph.
+            for gradients in sample_gradients(values, parameters, model) if values.requires_grad else ():
+                for total, gradient in zip(sums, gradients, strict=True):
+                    if gradient is not None:
+                        total += magnitude(gradient.to(total.dtype), square)
     return {name: total / (each * len(batches)) for name, total in zip(names, sums, strict=True)}
 
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from compare import relative_error
+from compare import relative_error, truth_of, worst_error
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mas_fast import batch_norm, estimate_importance, verify
-from mas_fast.reference import importance_loop
 
 # Of [1, 8, 4, 4]: contiguous, channels-last, and the latter with a stride of the batch that means nothing.
 STRIDES = {"contiguous": (128, 16, 4, 1), "channels last": (128, 1, 32, 8), "meaningless": (8, 1, 32, 8)}
@@ -80,12 +80,33 @@ def test_batches_of_one_give_the_omega_of_one_batch(affine, restrides):
         gradients = torch.autograd.grad(twice(image.expand(2, -1, -1, -1)).square().sum() / 2, list(twice.parameters()))
         for total, gradient in zip(truth.values(), gradients, strict=True):
             total += gradient.abs() / len(images)
-    alone = [importance_loop(model, image[None]) for image in images]
     found = {
         "one batch": estimate_importance(model, [images], dtype=torch.float64),
         "batches of one": estimate_importance(model, list(images.split(1)), dtype=torch.float64),
-        "loop": {name: torch.stack([each[name] for each in alone]).mean(0) for name in truth},
+        "loop": truth_of(model, images),
     }
-    errors = {name: max(relative_error(omega[key], truth[key]) for key in truth) for name, omega in found.items()}
+    errors = {name: worst_error(omega, truth) for name, omega in found.items()}
     assert max(errors.values()) < 1e-12, errors
+    verify(model, images, show=False).raise_if_wrong()
+
+
+class Checkpointed(Tokens):
+    """Runs its first layers again in the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        y = checkpoint(lambda h: self.norm(self.conv(h)), self.first(x), use_reentrant=True)
+        return self.head(Restride.apply(y).flatten(2).transpose(1, 2).square()).mean(1)
+
+
+def test_what_a_checkpoint_runs_again_is_right_too():
+    torch.manual_seed(0)
+    model = Checkpointed().double()
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    whole = estimate_importance(model, [images], dtype=torch.float64)
+    alone = estimate_importance(model, list(images.split(1)), dtype=torch.float64)
+    assert worst_error(alone, whole) < 1e-12
     verify(model, images, show=False).raise_if_wrong()

@@ -25,7 +25,7 @@ from mas_fast import batch_norm
 from mas_fast.capture.binding import RULES, Binding, bind
 from mas_fast.capture.broadcast import EXPANSIONS
 from mas_fast.capture.call import call, changes_its_arguments, replaced, tensors_in
-from mas_fast.capture.composite import BACKWARDS, COMPOSITES
+from mas_fast.capture.composite import COMPOSITES
 from mas_fast.capture.refuse import refuse
 from mas_fast.capture.select import LENDING, SELECTIONS, Tracked, looks_shared, select
 from mas_fast.capture.site import Site
@@ -33,7 +33,7 @@ from mas_fast.capture.tap import Tap, TapFunction
 from mas_fast.capture.trace import Trace
 from mas_fast.errors import CaptureError
 from mas_fast.kernels import products
-from mas_fast.recompute import checkpoint_hook, is_first, is_repeat
+from mas_fast.recompute import BACKWARDS, checkpoint_hook, is_first, is_repeat
 from mas_fast.reference import graph_nodes
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ class Forward(TorchFunctionMode):
             given = args[:1] if func in LENDING else args if not kwargs else [*args, *kwargs.values()]
             for t in tensors_in(given):
                 if not (self._is_constant(t) or id(t) in self._free or id(t) in self._tracked):
-                    if changes_its_arguments(func, kwargs):
+                    if self._free and changes_its_arguments(func, kwargs):
                         self._free.pop(id(args[0]) if args else 0, None)
                     return
         for t in tensors_in(result):
@@ -543,8 +543,7 @@ _WAYS: dict[str, Callable[..., Any]] = {
 
 
 def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    of_one = batch_norm.is_of_one(func, args, kwargs)
-    return batch_norm.run(func, args, kwargs) if of_one else products.run(func, args, kwargs)
+    return (batch_norm if func in batch_norm.FUNCTIONS else products).run(func, args, kwargs)
 
 
 def site_names(used: Mapping[int, Tracked]) -> set[str]:
