@@ -211,24 +211,20 @@ def batch_mode_line(rows: list[Row]) -> str:
 
 def summary(machines: list[list[Row]], growth: list[Row]) -> str:
     """Return what the measurements say, in two sentences: passes of all machines, growth of the one quoted."""
-    ours: list[Row] = []
-    factors: list[float] = []
-    slower: list[str] = []
-    for passes in map(pass_rows, machines):
-        for case in TITLES:
-            factor = times_as_fast(passes, case) if (case, OURS) in passes else None
-            if factor is not None:
-                ours.append(passes[case, OURS])
-                factors.append(factor)
-                slower += [f"{SHORT_TITLES[case]} ({ours[-1]['machine']['cpu']})"] if factor < 1 else []
+    compared = [
+        (case, passes[case, OURS], factor)
+        for passes in map(pass_rows, machines)
+        for case in TITLES
+        if (case, OURS) in passes and (factor := times_as_fast(passes, case)) is not None
+    ]
+    slower = [f"{SHORT_TITLES[case]} ({row['machine']['cpu']})" for case, row, factor in compared if factor < 1]
     fastest = "in every case" if not slower else f"in all cases but {', '.join(slower)}"
-    cost, factor_range = (
-        f"{times(min(values))} to {times(max(values))}" for values in ([row["ratio_p50"] for row in ours], factors)
-    )
-    batches = [row["num_batches"] for row in ours]
+    ratios, factors = [row["ratio_p50"] for _, row, _ in compared], [factor for _, _, factor in compared]
+    cost, faster = (f"{times(min(values))} to {times(max(values))}" for values in (ratios, factors))
+    batches = [row["num_batches"] for _, row, _ in compared]
     first = (
         f"In passes over {min(batches)} to {max(batches)} batches, mas_fast is the fastest exact method {fastest} on "
-        f"each of {len(machines)} processors: it costs {cost} ordinary batched backwards, and is {factor_range} times "
+        f"each of {len(machines)} processors: it costs {cost} ordinary batched backwards, and is {faster} times "
         "as fast as the best other one."
     )
     lines = {
